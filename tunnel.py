@@ -319,6 +319,7 @@ BODY_LIMIT = 1024 * 1024  # bytes; a prompt is at most 16,000 characters
 ANSWER_HEAD_LIMIT = 64 * 1024  # bytes; the model server is trusted, not unbounded
 CONNECTIONS = 128  # at once; the proxy holds one per slot and one for probes
 SLOW_CONNECT = 5.0  # seconds; the model server is on this machine or beside it
+KEPT_CONNECTION = 2.0  # seconds; llama.cpp holds a thread for each, and it and uvicorn close theirs after 5
 SLOW_REQUEST = 10.0  # seconds from a request's first byte to its last
 IDLE_CONNECTION = 900.0  # seconds; the proxy keeps connections for minutes, so that a request costs one round trip
 SILENT_ANSWER = 330.0  # seconds without a byte; the proxy gives up after 300
@@ -488,6 +489,7 @@ class AnswerEnd:
         self.head: bytearray | None = bytearray()  # None once it is whole
         self.left: int | None = 0  # bytes until the next thing to read; None: until the connection ends
         self.line: bytearray | None = None  # a chunk's size line being read; None: not chunked
+        self.keeps = False  # whether the connection may carry another request after this answer
         self.last = False  # the chunk of size 0 was seen; its trailers end with an empty line
 
     def feed(self, data: bytes) -> bool:
@@ -515,6 +517,7 @@ class AnswerEnd:
         else:
             length = re.search(rb"(?im)^content-length:[ \t]*(\d{1,15})[ \t]*\r?$", head)
             self.left = int(length[1]) if length else 0 if status[1] in (b"204", b"304") else None
+        self.keeps = head.startswith(b"HTTP/1.1") and not re.search(rb"(?im)^connection:[^\n]*close", head)
 
     def _chunks(self, data: bytes) -> bool:
         at = 0
@@ -538,28 +541,33 @@ class AnswerEnd:
 
 
 class ModelSide(asyncio.Protocol):
-    """The connection to the model server, for one request."""
+    """A client's connection to the model server; it is kept for the client's next request, but not for long."""
 
     def __init__(self, client: ClientSide, request: bytes) -> None:
-        self.client, self.request, self.end = client, request, AnswerEnd()
+        self.client, self.request = client, request
+        self.end: AnswerEnd | None = None  # None: no request is under way
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.client.model = self
-        transport.write(self.request)  # head and body in one write: two would wait for each other's ACK (Nagle)
+        self.send(self.request)
+
+    def send(self, request: bytes) -> None:
+        self.end, self.request = AnswerEnd(), b""
+        self.transport.write(request)  # head and body in one write: two would wait for each other's ACK (Nagle)
 
     def data_received(self, data: bytes) -> None:
         try:
-            ended = self.end.feed(data)
+            ended = need(self.end is not None, self.end).feed(data)
         except ValueError:
-            self.client.finish(broken=True)
-        else:
-            self.client.pass_on(data)
-            if ended:
-                self.client.finish()
+            return self.client.model_left(self)
+        self.client.pass_on(data)
+        if ended:
+            self.end = self.end if not self.end.keeps else None
+            self.client.answer_ended(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.client.finish(broken=True)
+        self.client.model_left(self)
 
 
 class ClientSide(asyncio.Protocol):
@@ -582,7 +590,7 @@ class ClientSide(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.refused:
             return  # read and drop: closing on unread bytes would reset the connection under our answer
-        if self.task or self.model:
+        if self.is_busy():
             return self.refuse(malformed("a second request before the first is answered"))
         if not self.buffer:
             self.since = time.monotonic()
@@ -612,14 +620,17 @@ class ClientSide(asyncio.Protocol):
                 return self.refuse(Refused(503, "paused", "the owner of this GPU uses it now"), keep=True)
             body = remade_body(path, body, self.guard.limits()) if method == "POST" else b""
             self.guard.requests += method == "POST"
-            self.task = asyncio.get_running_loop().create_task(self._ask(method, path, body))
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\nAccept: */*\r\n"
+            if body:
+                head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            request = head.encode() + b"\r\n" + body
+            if self.model:
+                self.model.send(request)
+            else:
+                self.task = asyncio.get_running_loop().create_task(self._connect(request))
 
-    async def _ask(self, method: str, path: str, body: bytes) -> None:
+    async def _connect(self, request: bytes) -> None:
         host, port = self.guard.target
-        head = f"{method} {path} HTTP/1.1\r\nHost: localhost:{port}\r\nAccept: */*\r\n"
-        if body:
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        request = head.encode() + b"\r\n" + body
         try:
             await asyncio.get_running_loop().create_connection(lambda: ModelSide(self, request), host, port)
         except OSError:
@@ -633,17 +644,25 @@ class ClientSide(asyncio.Protocol):
         self.guard.bytes += len(data)
         self.transport.write(data)
 
-    def finish(self, broken: bool = False) -> None:
-        """End the exchange with the model server; broken: it ended before its answer did."""
-        model, self.model = self.model, None
-        if model is None:
-            return
-        model.transport.abort()
-        if broken and not self.answered:
-            self.refuse(NO_MODEL_SERVER, keep=True)
-        elif broken:
-            self.transport.close()
+    def answer_ended(self, model: ModelSide) -> None:
         self.answered, self.since = False, time.monotonic()
+        if model.end:  # the model server will not take another request on this connection
+            self.drop_model()
+
+    def model_left(self, model: ModelSide) -> None:
+        """The model server closed, or spoke no HTTP: in an answer, before one, or between two."""
+        if model is not self.model:
+            return
+        busy, answered, self.answered = model.end is not None, self.answered, False
+        self.drop_model()
+        if busy and answered:
+            self.transport.close()
+        elif busy:
+            self.refuse(NO_MODEL_SERVER, keep=True)
+
+    def is_busy(self) -> bool:
+        """Return whether a request is under way."""
+        return bool(self.task or self.model and self.model.end)
 
     def refuse(self, why: Refused, keep: bool = False) -> None:
         """Answer a refusal ourselves; keep: the request was whole and lawful, the connection stays."""
@@ -654,12 +673,12 @@ class ClientSide(asyncio.Protocol):
         self.since = time.monotonic()
         if not keep:
             self.refused = True
-            self._drop_model()
+            self.drop_model()
             self.transport.write_eof()
 
     def is_overdue(self, now: float) -> bool:
         """Return whether this connection has been in its state for longer than that state may last."""
-        limit = SLOW_CONNECT if self.task else SILENT_ANSWER if self.model else SLOW_REQUEST if self.buffer or self.request or self.refused else IDLE_CONNECTION
+        limit = SLOW_CONNECT if self.task else SILENT_ANSWER if self.is_busy() else SLOW_REQUEST if self.buffer or self.request or self.refused else IDLE_CONNECTION
         return now - self.since > limit
 
     def pause_writing(self) -> None:
@@ -673,9 +692,9 @@ class ClientSide(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left: the model server's connection is closed at once, and the GPU is free."""
         self.guard.clients.discard(self)
-        self._drop_model()
+        self.drop_model()
 
-    def _drop_model(self) -> None:
+    def drop_model(self) -> None:
         if self.task:
             self.task.cancel()
         model, self.model = self.model, None
@@ -699,6 +718,9 @@ class Guard:
     def sweep(self) -> None:
         """Drop the connections that are overdue; called every second."""
         now = time.monotonic()
+        for client in self.clients:
+            if client.model and not client.is_busy() and now - client.since > KEPT_CONNECTION:
+                client.drop_model()
         for client in [c for c in self.clients if c.is_overdue(now)]:
             if client.task:
                 client.task.cancel()
@@ -708,7 +730,7 @@ class Guard:
 
     def stop_running(self) -> None:
         """Break off every exchange with the model server."""
-        for client in [c for c in self.clients if c.task or c.model]:
+        for client in [c for c in self.clients if c.is_busy()]:
             client.transport.abort()
 
     def close(self) -> None:
