@@ -1,24 +1,20 @@
 #!/usr/bin/env python3
 """Hold the tunnel that puts this machine's model server behind a website, and let nothing else through.
 
-    tunnel.py run scatter-tunnel@vps [options]   hold the tunnel (what the service runs)
-    tunnel.py status [--json]                    is it up, since when, redials, last error, requests, round trip
-    tunnel.py key                                make the key if there is none; print the line the VPS must authorise
+The life of a tunnel: settings are read, the guard listens on a loopback port, ssh dials the VPS and lets it reach the
+guard and nothing else; the link is watched, and dialled again whenever it ends. `tunnel.py --help` lists the commands.
 
-The life of a tunnel: settings are read, the guard listens on a loopback port, ssh dials the VPS and
-lets it reach the guard and nothing else, the link is watched, and dialled again whenever it ends.
+Words: the *tunnel* is the ssh link; the *guard* is the filter in front of the model server; a *probe* is a question
+that proves life; a *backend* is this machine as the VPS sees it; a *client* is who calls.
 
-Words: the *tunnel* is the ssh link; the *guard* is the filter in front of the model server; a *probe* is
-a question that proves life; a *backend* is this machine as the VPS sees it; a *client* is who calls.
+Everything lives in one folder, SCATTER_HOME; by default ~/.config/scatter (Linux, below XDG_CONFIG_HOME if set),
+/var/lib/scatter (Linux, root), ~/Library/Application Support/scatter (macOS), %LOCALAPPDATA%\\scatter (Windows).
 
-Everything lives in one folder: SCATTER_HOME, by default ~/.config/scatter (Linux, below XDG_CONFIG_HOME
-if set), ~/Library/Application Support/scatter (macOS), %LOCALAPPDATA%\\scatter (Windows).
+No ssh outlives this program. SIGTERM and Ctrl-C end it in order. If we are killed outright: on Linux the kernel ends
+ssh (PR_SET_PDEATHSIG); on macOS and other Unix a shell between us does when its pipe from us closes; on Windows a job
+does that ends with us (not run by the authors).
 
-No ssh outlives this program. SIGTERM and Ctrl-C end it in order. If we are killed outright: on Linux the
-kernel ends ssh (PR_SET_PDEATHSIG); on macOS and other Unix a shell between us ends it when its pipe from
-us closes; on Windows ssh is in a job that ends with us (not run by the authors, see README).
-
-Needs Python 3.9 or newer, nothing outside its standard library, and the system's ssh (OpenSSH 8.4 or newer).
+Needs Python 3.9, its standard library, and the system's ssh (OpenSSH 8.4 or newer).
 """
 
 from __future__ import annotations
@@ -27,31 +23,42 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import getpass
 import hashlib
 import http.client
 import json
 import logging
+import logging.handlers
 import os
+import plistlib
 import random
 import re
+import shlex
+import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from xml.sax.saxutils import escape
 
 VERSION = "0.1.0"
+WINDOWS = os.name == "nt"
 log = logging.getLogger("tunnel")
+
 
 # --- settings ----------------------------------------------------------------
 
-WINDOWS = os.name == "nt"
 PLACEHOLDER_MODEL = "sinc-scatter"  # the name the VPS uses; the guard puts the real one in its place
+PORT = r"(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
 
 
 class Fatal(Exception):
@@ -71,20 +78,20 @@ def option(default: Any, pattern: str, help: str) -> Any:
 class Settings:
     """Everything an owner can set. A flag wins over tunnel.json, which wins over the default."""
 
-    destination: str = option("", r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9\[:][\w.:%\[\]-]*", "the account on the VPS")
-    name: str = option("", r"[a-z0-9-]{1,32}", "this workstation's name on the VPS (default: gpu- and 4 hex digits)")
-    model: str = option("", r"[\w.:/@+-]{1,200}", "the model to serve (default: sinc-scatter, the one loaded, or the only one)")
-    target: str = option("127.0.0.1:11434", r"[\w.-]+:\d{1,5}", "where the model server listens")
-    remote: str = option("", r"/[\w./-]{1,100}|127\.0\.0\.1:\d{1,5}",
-                         "where the VPS finds us (default: /run/scatter/backends/NAME.sock); 127.0.0.1:PORT for a TCP port")
-    front: str = option("127.0.0.1:8461", r"[\w.-]+:\d{1,5}", "where the proxy listens on the VPS")
-    identity: str = option("", r".+", "the private key (default: key in SCATTER_HOME)")
-    ssh_port: int = option(22, r"\d{1,5}", "the port of the VPS's sshd")
-    context: int = option(8192, r"\d{2,7}", "the longest context a request may ask for, in tokens")
-    max_tokens: int = option(4096, r"\d{1,7}", "the most tokens a request may generate")
+    destination: str = option("", r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9:][\w.:%-]*", "the account on the VPS: USER@HOST")
+    name: str = option("", r"[a-z0-9-]{1,32}", "this workstation's name; default: gpu- and 4 hex digits of the key's hash")
+    model: str = option("", r"[\w.:/@+-]{1,200}", "default: sinc-scatter if installed, else the one loaded, else the only one")
+    target: str = option("127.0.0.1:11434", rf"[\w.-]+:{PORT}", "where the model server listens")
+    remote: str = option("", rf"/[\w./-]{{1,100}}|127\.0\.0\.1:{PORT}",
+                         "where the VPS finds us; default: /run/scatter/backends/NAME.sock; or 127.0.0.1:PORT")
+    front: str = option("127.0.0.1:8461", rf"[\w.-]+:{PORT}", "where the proxy listens on the VPS")
+    identity: str = option("", r".+", "the private key; default: key in SCATTER_HOME")
+    ssh_port: int = option(22, PORT, "port of the VPS's sshd")
+    context: int = option(8192, r"\d{2,7}", "longest context a request may ask for, in tokens")
+    max_tokens: int = option(4096, r"[1-9]\d{0,6}", "most tokens a request may generate")
     keep_alive: str = option("-1", r"-1|\d+[smh]?", "how long Ollama keeps the model in memory; -1: for ever")
-    mirror: str = option("", r".+", "where the VPS's log is kept at home (default: scatter-api.jsonl in SCATTER_HOME); none: nowhere")
-    log_file: str = option("", r".+", "write our log to this file, rotated at 1 MiB (default: standard error)")
+    mirror: str = option("", r".+", "copy of the VPS's log; default: scatter-api.jsonl in SCATTER_HOME; none: no copy")
+    log_file: str = option("", r".+", "write our log here, rotated at 1 MiB; default: standard error")
 
 
 def home_folder() -> Path:
@@ -95,79 +102,68 @@ def home_folder() -> Path:
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "scatter"
     if sys.platform == "darwin":
         return Path.home() / "Library/Application Support/scatter"
+    if os.geteuid() == 0:
+        return Path("/var/lib/scatter")  # the system service cannot see root's home
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "scatter"
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None where there is none or it is not whole."""
-    try:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is none, or it is not whole."""
+    with contextlib.suppress(OSError, ValueError):
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
-def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
+def write_atomically(path: Path, text: str, encoding: str = "utf-8", mode: int = 0o600) -> None:
     """Put text in place of the file in one step, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
+    beside.write_text(text, encoding)
     beside.chmod(mode)
+    if not WINDOWS and os.geteuid() == 0:  # root may pause a service that runs as another account
+        os.chown(beside, path.parent.stat().st_uid, path.parent.stat().st_gid)
     beside.replace(path)
 
 
 def parse_settings(home: Path, flags: dict[str, Any]) -> Settings:
     """Return the settings of flags over tunnel.json over defaults; raise BadSetting for one that cannot work."""
-    path = home / "tunnel.json"
+    path, values = home / "tunnel.json", {}
     saved = read_json(path)
-    if saved is None and path.exists():
+    if path.exists() and not saved:
         raise BadSetting(f"{path}: not a JSON object; mend it or remove it")
-    values: dict[str, Any] = {}
     for f in fields(Settings):
-        source = "--" + f.name.replace("_", "-") if flags.get(f.name) is not None else f"{path}: {f.name}"
-        value = flags.get(f.name) if flags.get(f.name) is not None else (saved or {}).get(f.name, f.default)
+        flag, value = flags.get(f.name), saved.get(f.name, f.default)
+        where = f"{path}: {f.name}" if flag is None else "--" + f.name.replace("_", "-")
+        value = value if flag is None else flag
         if value != f.default and not re.fullmatch(f.metadata["pattern"], str(value)):
-            raise BadSetting(f"{source}: {str(value)[:80]!r} does not fit; it is {f.metadata['help']}")
+            raise BadSetting(f"{where}: {str(value)[:80]!r} does not fit; it is {f.metadata['help']}")
         values[f.name] = type(f.default)(value)
-    ports = [("--ssh-port", values["ssh_port"])]
-    ports += [("--" + k, int(values[k].rpartition(":")[2])) for k in ("target", "front", "remote") if ":" in values[k]]
-    for flag, port in ports:
-        if not 1 <= port <= 65535:
-            raise BadSetting(f"{flag}: {port} is no port; give one from 1 to 65535")
     return Settings(**values)
 
 
 def completed(settings: Settings, home: Path) -> Settings:
     """Return the settings with every default that depends on the key or the folder filled in."""
     identity = settings.identity or str(home / "key")
-    name = settings.name or "gpu-" + hashlib.sha256(base64.b64decode(public_key(Path(identity))[1])).hexdigest()[:4]
-    return replace(settings, identity=identity, name=name, remote=settings.remote or f"/run/scatter/backends/{name}.sock",
-                   mirror=settings.mirror or str(home / "scatter-api.jsonl"))
+    name = settings.name or "gpu-" + hashlib.sha256(base64.b64decode(public_key(identity)[1])).hexdigest()[:4]
+    return replace(settings, identity=identity, name=name, mirror=settings.mirror or str(home / "scatter-api.jsonl"),
+                   remote=settings.remote or f"/run/scatter/backends/{name}.sock")
 
 
-def public_key(identity: Path) -> list[str]:
+def public_key(identity: str) -> list[str]:
     """Return type and base64 blob of the public key, making the pair if there is none."""
-    if not identity.exists():
-        identity.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        made = subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "scatter", "-f", str(identity)],
-                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if not Path(identity).exists():
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "scatter", "-f", identity]
+        made = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if made.returncode:
-            raise Fatal(f"ssh-keygen could not make {identity}: {made.stderr.strip()[:200]}")
+            raise Fatal(f"ssh-keygen could not make {identity}: {made.stderr.strip()[:200]}; see that its folder can be written")
         if WINDOWS:  # ssh.exe refuses a key that others may read, and a new file inherits the folder's rights
-            user = os.environ.get("USERNAME", "")
-            subprocess.run(["icacls", str(identity), "/inheritance:r", "/grant:r", f"{user}:F", "SYSTEM:F"], capture_output=True)
+            rights = ["/inheritance:r", "/grant:r", getpass.getuser() + ":F", "SYSTEM:F"]
+            subprocess.run(["icacls", identity, *rights], capture_output=True, check=False)
     try:
-        return Path(f"{identity}.pub").read_text("utf-8").split()[:2]
+        return Path(identity + ".pub").read_text("utf-8").split()[:2]
     except OSError as e:
         raise Fatal(f"{identity}.pub: {e.strerror}; make it: ssh-keygen -y -f {identity} > {identity}.pub") from None
-
-
-def boot_clock() -> float:
-    """Return monotonic seconds that go on counting while the machine sleeps."""
-    for clock in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):  # Linux; macOS, where time.monotonic() stops in sleep
-        if hasattr(time, clock):
-            return time.clock_gettime(getattr(time, clock))
-    return time.monotonic()  # Windows: counts sleep
 
 
 # --- ssh command -------------------------------------------------------------
@@ -175,45 +171,43 @@ def boot_clock() -> float:
 def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) -> list[str]:
     """Return the command that holds the tunnel; front_at is a socket's path or ADDRESS:PORT on this machine.
 
-    -v makes ssh say what judging needs: the peer's address, sshd's version, that the forward stands, and why not.
+    -v makes ssh say what judging needs: the VPS's address, sshd's version, that the forward stands, or why it does not.
     """
-    known = " ".join('"' + Path(p).as_posix().replace("%", "%%") + '"' for p in (home / "known_hosts", Path.home() / ".ssh/known_hosts"))
+    known = (home / "known_hosts", Path.home() / ".ssh/known_hosts")  # pinned by setup; a plain account's own
     options = (
         "BatchMode=yes",  # a question that nobody answers would hang the service for ever
         "IdentitiesOnly=yes",  # an agent's other keys would use up sshd's MaxAuthTries
-        "IdentityAgent=none",  # a locked agent asks its owner and waits
-        "PreferredAuthentications=publickey",  # each further method tried is a failure that a banning sshd counts
+        "IdentityAgent=none",  # a locked agent asks its owner, and waits
+        "PreferredAuthentications=publickey",  # each further method is one more failure that a banning sshd counts
         "StrictHostKeyChecking=yes",  # anyone on the way could be the VPS and read every prompt
-        f"UserKnownHostsFile={known}",  # pinned by setup; the user's own file is where a plain account's key is
+        "UserKnownHostsFile=" + " ".join('"' + p.as_posix().replace("%", "%%") + '"' for p in known),  # spaces would split it
         "UpdateHostKeys=no",  # a VPS taken over could add keys to the pinned ones
         "ExitOnForwardFailure=yes",  # a link without its forward looks up and serves nobody
-        "ConnectTimeout=5",  # a black hole holds a dial for two minutes
+        "ConnectTimeout=5",  # seconds; a black hole would hold a dial for two minutes
         "ConnectionAttempts=1",  # ssh's own retries know no jitter and no cause
-        "ServerAliveInterval=3",  # a link that dies silently is noticed after 3 x (2 + 1) s at most; by default never
+        "ServerAliveInterval=3",  # with 2: a link that dies silently is noticed within 3 x (2 + 1) s; by default never
         "ServerAliveCountMax=2",
-        "ForwardAgent=no",  # with the agent a VPS taken over could log in elsewhere as the owner
-        "ForwardX11=no",  # with X11 it could read the keyboard
-        "ControlMaster=no",  # a shared connection outlives this process and its options are not ours
+        "ForwardAgent=no",  # a VPS taken over could log in elsewhere as the owner
+        "ForwardX11=no",  # it could read the owner's keyboard
+        "ControlMaster=no",  # a shared connection outlives this process, and its options are not ours
         "ControlPath=none",
-        "Compression=no",  # compressing many tiny chunks costs time and saves nothing
+        "Compression=no",  # time spent on chunks too small to shrink
         "IPQoS=none",  # some routers freeze or starve marked packets
-        "StreamLocalBindUnlink=yes",  # the -L socket of a run that was killed would make the next one fail
+        "StreamLocalBindUnlink=yes",  # the -L socket that a killed run left would make the next one fail
     )
-    command = ["ssh", "-F", "none", "-N", "-T", "-v", "-i", settings.identity.replace("%", "%%"), "-p", str(settings.ssh_port)]
-    for o in options:
-        command += ["-o", o]
-    return command + ["-R", f"{settings.remote}:127.0.0.1:{guard_port}", "-L", f"{front_at}:{settings.front}", "--", settings.destination]
+    return ["ssh", "-F", "none", "-N", "-T", "-v", "-i", settings.identity.replace("%", "%%"), "-p", str(settings.ssh_port),
+            *(word for o in options for word in ("-o", o)), "-R", f"{settings.remote}:127.0.0.1:{guard_port}",
+            "-L", f"{front_at}:{settings.front}", "--", settings.destination]
 
 
 def front_address(home: Path) -> str:
-    """Return where ssh shall listen on this machine for probe and mirror: a socket, on Windows a free port."""
+    """Return where ssh shall listen on this machine for probe and mirror: a socket; on Windows a free port."""
     if WINDOWS:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             return f"127.0.0.1:{s.getsockname()[1]}"
     path = str(home / "front.sock")
-    # 100: a socket's path ends at 104 bytes on macOS; other characters would need ssh's own quoting
-    if len(path.encode()) <= 100 and re.fullmatch(r"[\w./-]+", path, re.ASCII):
+    if len(path.encode()) <= 100 and re.fullmatch(r"[\w./-]+", path, re.ASCII):  # macOS ends a socket's path at 104 bytes
         return path
     folder = Path(tempfile.gettempdir()) / f"scatter-{os.getuid()}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -221,107 +215,103 @@ def front_address(home: Path) -> str:
         raise Fatal(f"{folder}: belongs to another user; set TMPDIR to a folder of your own")
     return str(folder / "front.sock")
 
+
 # --- judging -----------------------------------------------------------------
 # ssh says 255 for nearly everything, so its words decide; the first row that matches names the failure.
 #
-# What mends itself (the network, a name server, a restarted sshd, a link that was cut) is tried again for ever:
-# at once, then within 0.5, 1, 2, 4, 8 and 15 s, each time a random part of that, so that many tunnels cut by one
-# outage do not come back in the same second. After 30 s up the waits start again from the first.
+# What mends itself (network, name server, a restarted sshd, a link that was cut) is tried for ever: at once, then within
+# 0.5, 1, 2, 4, 8 and 15 s, each time a random part of that, so that many tunnels cut by one outage do not come back in
+# the same second. After 30 s up the waits start again from the first.
 #
-# What a person must mend (key, host key, account, a forward that the VPS does not allow) is tried every 60 to
-# 300 s: sshd from 9.8 on and fail2ban shut out an address that fails often. What to do is said once, and
-# in `status`, until another failure or success takes its place.
+# What a person must mend (key, host key, account, a forward not allowed) is tried every 60 to 300 s: sshd from 9.8 on
+# and fail2ban shut out an address that fails often. What to do is said once, and in `status` until something changes.
 #
-# A port that is taken (TCP form) is tried every 2 s: sshd holds the port of a dead link until it notices the
-# death, 16 s to 16 min, and logins that succeed are not what gets banned.
+# A taken port (TCP form) is tried every 2 s: sshd holds the port of a dead link until it notices the death, and logins
+# that succeed are not what gets an address banned.
 
 FIRST_WAITS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # seconds, upper ends; 15 is the longest that a mended link waits
-SLOW_WAITS = (60.0, 120.0, 240.0, 300.0)  # seconds; PerSourcePenalties forgive an address in at most 600
-BUSY_WAIT = 2.0  # seconds between tries for a taken port
-STEADY_AFTER = 30.0  # seconds up after which an end is a new failure, not the next of the last
+SLOW_WAITS = (60.0, 120.0, 240.0, 300.0)  # seconds, upper ends; sshd's penalties last 600 at most
+BUSY_WAIT = 2.0  # seconds
+STEADY_AFTER = 30.0  # seconds up, after which an end is a new failure and not the next of the last
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a tunnel ended: its kind, what was seen, what mends it, and the pace of the tries to come."""
+    """Why a tunnel ended: its kind, what was seen, what mends it, and the pace of the tries to come: soon, slow, busy."""
 
     kind: str
     seen: str
     cure: str
-    pace: str = "soon"  # soon | slow | busy
+    pace: str = "soon"
 
 
 FAILURES = (  # kind, pace, pattern in ssh's words, cure
     ("no_ssh", "slow", r"cannot start ssh.*", "install the OpenSSH client, 8.4 or newer"),
     ("ssh_options", "slow", r"Bad configuration option.*|unknown option.*|Bad .* specification.*",
      "this ssh is too old, or no OpenSSH; install 8.4 or newer"),
-    ("host_key_changed", "slow", r"REMOTE HOST IDENTIFICATION HAS CHANGED",
-     "if the VPS was rebuilt, remove its old line from {known_hosts} and pin the new key; if not, somebody else answers in its place"),
+    ("host_key_changed", "slow", r"REMOTE HOST IDENTIFICATION HAS CHANGED", "if the VPS was rebuilt, replace its line in "
+     "{known_hosts}, or run `tunnel.py setup`; if it was not, somebody else answers in its place"),
     ("host_key_unknown", "slow", r"No \S+ host key is known for.*|Host key verification failed.*",
-     "run `ssh -p {port} {destination}` once and compare the fingerprint with the VPS's own"),
+     "run `ssh -p {port} {destination}` once and compare the fingerprint with the VPS's own, or run `tunnel.py setup`"),
     ("key_file", "slow", r"UNPROTECTED PRIVATE KEY FILE|Load key .*|Identity file .* not accessible.*",
      "make {identity} readable by its owner alone and whole, or remove it and run `tunnel.py key`"),
     ("auth", "slow", r"Permission denied \(.*|Too many authentication failures.*|No supported authentication methods.*",
      "let the VPS authorise the line that `tunnel.py key` prints, for the account of {destination}"),
-    ("banned", "slow", r"Not allowed at this time.*|Exceeded MaxStartups.*",
-     "the VPS's sshd shuts this address out for a while; wait, and see what else here dials it"),
-    ("no_agreement", "slow", r"no matching .* found.*", "ssh here and sshd on the VPS share no algorithm; upgrade the older one"),
-    ("forward_refused", "slow", r"Remote: (?:port forwarding refused|Server has disabled .*)",
-     "the VPS does not let this account listen on {remote}: see PermitListen, AllowTcpForwarding and "
-     "AllowStreamLocalForwarding in its sshd_config"),
-    ("path_taken", "soon", r"remote port forwarding failed for listen path.*",
-     "the VPS cannot make {remote}: its folder is missing or not this account's, or an old socket stands there and "
-     "sshd lacks `StreamLocalBindUnlink yes`"),
-    ("port_taken", "busy", r"remote port forwarding failed for listen port.*",
-     "the VPS still holds {remote}, most likely for our last link; it lets go in 16 s to 16 min, or when that sshd is ended"),
+    ("banned", "slow", r"Not allowed at this time.*|Exceeded MaxStartups.*", "sshd shuts this address out; wait"),
+    ("no_agreement", "slow", r"no matching .* found.*", "ssh here and sshd there share no algorithm; upgrade the older"),
+    ("forward_refused", "slow", r"Remote: (?:port forwarding refused|Server has disabled .*)", "let this account listen on "
+     "{remote}: PermitListen, AllowTcpForwarding and AllowStreamLocalForwarding in the VPS's sshd_config"),
+    ("path_taken", "soon", r"remote port forwarding failed for listen path.*", "{remote} cannot be made: its folder is missing "
+     "or not this account's, or an old socket is there and the VPS's sshd lacks `StreamLocalBindUnlink yes`"),
+    ("port_taken", "busy", r"remote port forwarding failed for listen port.*", "the VPS still holds {remote}, most likely for "
+     "our last link; it lets go within 16 s to 16 min, or when that sshd is ended"),
     ("name", "soon", r"Could not resolve hostname.*", "check the name in {destination} and this machine's name server"),
-    ("silent", "soon", r"Timeout, server .* not responding.*", "nothing to do: the link went silent and is dialled again"),
-    ("network", "soon", r"(?:connect to|kex_exchange|Connection |client_loop|ssh_dispatch|banner exchange).*(?:refused|timed out|unreachable"
-     r"|No route|closed|[Rr]eset|Broken pipe|aborted).*", "check that the VPS is up and that its sshd listens on port {port}"),
+    ("silent", "soon", r"Timeout, server .* not responding.*", "the link went silent and is dialled again; nothing to do"),
+    ("network", "soon", r"(?:connect to|kex_exchange|Connection|client_loop|ssh_dispatch|banner).*(?:refused|timed out|"
+     r"unreachable|No route|closed|[Rr]eset|Broken|aborted).*", "see that the VPS is up and its sshd listens on {port}"),
 )
-CHATTER = re.compile(r"(?m)^(?:debug1: )?channel .*\n?")  # a refused -L would else be read as the reason of a later end
+CHATTER = re.compile(r"(?m)^(?:debug1: )?channel .*\n?")  # else a refused -L would be read as the reason of a later end
 
 
 def judge(status: int, words: str, places: dict[str, Any], asked: str = "") -> Failure:
-    """Return why ssh ended, from its exit status, its words on stderr, and our own reason if we ended it.
+    """Return why ssh ended, from its exit status, its words, and our own reason if we ended it.
 
-    places fills the cure: destination, port, identity, remote, known_hosts. The words come from the network: cut and cleaned.
+    places fills the cure: destination, port, identity, remote, known_hosts. The words come from the network: cut, cleaned.
     """
     if asked:
-        return Failure("ended", asked, "nothing to do: the tunnel is dialled again")
-    plain = CHATTER.sub("", words)
+        return Failure("ended", asked, "the tunnel is dialled again; nothing to do")
     for kind, pace, pattern, cure in FAILURES:
-        found = re.search(pattern, plain)
+        found = re.search(pattern, CHATTER.sub("", words))
         if found:
             seen = "".join(c if c.isprintable() else " " for c in found.group())[:200].strip()
             return Failure(kind, seen, cure.format(**places), pace)
     how = f"signal {-status}" if status < 0 else f"status {status}"
-    return Failure("dropped", f"ssh ended with {how}", "nothing to do: the tunnel is dialled again")
+    return Failure("dropped", f"ssh ended with {how}", "the tunnel is dialled again; nothing to do")
 
 
 def next_delay(pace: str, failures: int, chance: Callable[[float, float], float] = random.uniform) -> float:
     """Return the seconds to wait before the next try, after this many failures in a row (1 is the first)."""
     if pace == "busy":
         return BUSY_WAIT
-    if pace == "slow":
-        longest = SLOW_WAITS[min(failures, len(SLOW_WAITS)) - 1]
-        return chance(max(SLOW_WAITS[0], longest / 2), longest)
-    return chance(0.0, FIRST_WAITS[min(failures, len(FIRST_WAITS)) - 1])
+    waits = SLOW_WAITS if pace == "slow" else FIRST_WAITS
+    longest = waits[min(failures, len(waits)) - 1]
+    return chance(max(SLOW_WAITS[0], longest / 2), longest) if pace == "slow" else chance(0.0, longest)
+
 
 # --- guard -------------------------------------------------------------------
-# The VPS may be taken over, so what arrives here is hostile. One request at a time on a connection; its head is
-# read by a grammar narrower than HTTP's, so that no two readers can differ about where it ends; its body is taken
-# apart and made anew from the keys below, so that nothing we do not know reaches the model server. Of the client's
-# headers none is passed on. Answers pass untouched: the model server is the owner's.
+# The VPS may be taken over, so what arrives here is hostile. One request at a time on a connection; its head is read by a
+# grammar narrower than HTTP's, so that no two readers can differ about where it ends; its body is made anew from the keys
+# below, so that nothing unknown reaches the model server. Of the client's headers none is passed on. Answers pass
+# untouched: the model server is the owner's.
 
 HEAD_LIMIT = 16 * 1024  # bytes; the proxy's heads are below 300
 BODY_LIMIT = 1024 * 1024  # bytes; a prompt is at most 16,000 characters
-ANSWER_HEAD_LIMIT = 64 * 1024  # bytes; the model server is trusted, not unbounded
+CHUNK_LIMIT = 16 << 20  # bytes of one chunk of an answer; the model server is trusted, not unbounded
 CONNECTIONS = 128  # at once; the proxy holds one per slot and one for probes
 SLOW_CONNECT = 5.0  # seconds; the model server is on this machine or beside it
-KEPT_CONNECTION = 2.0  # seconds; llama.cpp holds a thread for each, and it and uvicorn close theirs after 5
 SLOW_REQUEST = 10.0  # seconds from a request's first byte to its last
-IDLE_CONNECTION = 900.0  # seconds; the proxy keeps connections for minutes, so that a request costs one round trip
+KEPT_CONNECTION = 2.0  # seconds; llama.cpp holds a thread for each idle one, and it and uvicorn close theirs after 5
+IDLE_CONNECTION = 900.0  # seconds; the proxy keeps its own for minutes, so that a request costs one round trip
 SILENT_ANSWER = 330.0  # seconds without a byte; the proxy gives up after 300
 ROUTES = {("POST", "/api/generate"), ("POST", "/v1/chat/completions"), ("GET", "/api/version"), ("GET", "/health"),
           ("GET", "/props"), ("GET", "/v1/models")}
@@ -330,112 +320,69 @@ HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):[ \t]*([ -~\t]*)"
 PHRASES = {400: "Bad Request", 403: "Forbidden", 413: "Content Too Large", 431: "Request Header Fields Too Large",
            502: "Bad Gateway", 503: "Service Unavailable"}
 
+# What may stand in a body. str, bool: that type; (low, high): a number in that range; a set: one of these texts; a name: a
+# count, clamped to that limit of the owner; [rule]: a list of them; {key: rule}: an object, other keys dropped; {str: rule}:
+# an object of any keys; else a tuple of alternatives. No $ref (some servers fetch it), no pattern (its grammar can explode).
+SCHEMA: dict[Any, Any] = {"type": str, "title": str, "description": str, "const": str, "enum": [str], "required": [str]}
+SCHEMA.update(dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum"), (-1e6, 1e6)))
+SCHEMA.update(properties={str: SCHEMA}, items=SCHEMA, additionalProperties=(bool, SCHEMA))
+TEMPERATURE, SEED = (0, 5), (-1, 2**63 - 1)
+BODIES: dict[str, dict[str, Any]] = {
+    "/api/generate": {
+        "prompt": str, "system": str, "stream": bool, "truncate": bool, "think": (bool, {"low", "medium", "high"}),
+        "format": ({"json"}, SCHEMA),
+        "options": {"temperature": TEMPERATURE, "seed": SEED, "num_predict": "max_tokens", "num_ctx": "context"}},
+    "/v1/chat/completions": {
+        "messages": [{"role": {"system", "user", "assistant"}, "content": str}], "stream": bool, "temperature": TEMPERATURE,
+        "seed": SEED, "max_tokens": "max_tokens", "stream_options": {"include_usage": bool},
+        "response_format": {"type": {"text", "json_object", "json_schema"}, "schema": SCHEMA,
+                            "json_schema": {"name": str, "strict": bool, "schema": SCHEMA}},
+        "chat_template_kwargs": {"enable_thinking": bool}}}
+MOST_ITEMS = 256  # of a list or an object
+
 
 class Refused(Exception):
     """A request that does not pass: its HTTP status, one word, one sentence for a person."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+    def answer(self, keep: bool) -> bytes:
+        """Return the refusal as HTTP; keep: the request was whole and lawful, and the connection stays."""
+        status, code, message = self.args
+        body = json.dumps({"error": {"code": code, "message": message}})
+        return (f"HTTP/1.1 {status} {PHRASES[status]}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                + ("" if keep else "Connection: close\r\n") + "\r\n" + body).encode()
 
 
-NO_MODEL_SERVER = Refused(502, "no_model_server", "no model server answers on the workstation")
-
-
-def malformed(message: str) -> Refused:
-    return Refused(400, "bad_request", message)
+def need(fits: Any, why: str = "") -> Any:
+    """Return what fits if it is true; raise ValueError if not."""
+    if not fits:
+        raise ValueError(why)
+    return fits
 
 
 def read_head(head: bytes) -> tuple[str, str, int]:
     """Return method, path and body length of a request's head (without its blank line); raise Refused for any doubt."""
     first, *lines = head.split(b"\r\n")
-    request = REQUEST_LINE.fullmatch(first)
-    if not request:
-        raise malformed("this is no HTTP/1.1 request line")
     headers: dict[str, str] = {}
-    for line in lines:
-        header = HEADER_LINE.fullmatch(line)
-        if not header:
-            raise malformed("a header line is malformed")
-        name = header[1].decode().lower()
-        if name in headers and name in ("content-length", "host"):
-            raise malformed(f"{name} is there twice")
-        headers[name] = header[2].decode().strip()
-    method, path = request[1].decode(), request[2].decode()
-    for name in ("transfer-encoding", "upgrade", "expect"):
-        if name in headers:
-            raise malformed(f"{name} is not spoken here")
-    if "host" not in headers:
-        raise malformed("there is no host")
-    length = headers.get("content-length", "0" if method == "GET" else "")
-    if not re.fullmatch(r"[0-9]{1,12}", length):
-        raise malformed("content-length is missing or no number")
-    if (method, path) not in ROUTES:
-        raise Refused(403, "forbidden", "the guard of this workstation does not pass this request")
-    if method == "GET" and int(length):
-        raise malformed("a GET has no body here")
+    try:
+        request = need(REQUEST_LINE.fullmatch(first), "this is no HTTP/1.1 request line")
+        for line in lines:
+            header = need(HEADER_LINE.fullmatch(line), "a header line is malformed")
+            name = header[1].decode().lower()
+            need(name not in headers or name not in ("content-length", "host"), f"{name} is there twice")
+            need(name not in ("transfer-encoding", "upgrade", "expect"), f"{name} is not spoken here")
+            headers[name] = header[2].decode().strip()
+        method, path = request[1].decode(), request[2].decode()
+        need("host" in headers, "there is no host")
+        length = headers.get("content-length", "0" if method == "GET" else "")
+        need(re.fullmatch(r"[0-9]{1,12}", length), "content-length is missing or no number")
+        if (method, path) not in ROUTES:
+            raise Refused(403, "forbidden", "the guard of this workstation does not pass this request")
+        need(method == "POST" or not int(length), "a GET has no body here")
+    except ValueError as e:
+        raise Refused(400, "bad_request", str(e)) from None
     if int(length) > BODY_LIMIT:
         raise Refused(413, "too_long", f"the body is over {BODY_LIMIT} bytes")
     return method, path, int(length)
-
-
-def need(fits: bool, value: Any) -> Any:
-    """Return the value if it fits; raise ValueError if not."""
-    if not fits:
-        raise ValueError
-    return value
-
-
-def a_text(value: Any) -> str:
-    return need(isinstance(value, str), value)
-
-
-def a_bool(value: Any) -> bool:
-    return need(isinstance(value, bool), value)
-
-
-def a_number(low: float, high: float) -> Callable[[Any], float]:
-    return lambda v: need(type(v) in (int, float) and low <= v <= high, v)
-
-
-def a_count(limit: int) -> Callable[[Any], int]:
-    """Clamp to 1..limit; Ollama's -1 and -2 mean without limit, so they become the limit."""
-    return lambda v: min(need(type(v) is int, v), limit) if v > 0 else limit
-
-
-def one_of(*values: str) -> Callable[[Any], str]:
-    return lambda v: need(isinstance(v, str) and v in values, v)
-
-
-def a_list(rule: Callable[[Any], Any], limit: int) -> Callable[[Any], list[Any]]:
-    return lambda v: [rule(x) for x in need(isinstance(v, list) and len(v) <= limit, v)]
-
-
-def an_object(rules: dict[str, Callable[[Any], Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Re-make an object from the keys that have a rule; null is as good as absent."""
-    return lambda v: {k: rule(v[k]) for k, rule in rules.items() if need(isinstance(v, dict), v).get(k) is not None}
-
-
-def a_schema(value: Any, depth: int = 8) -> Any:
-    """Re-make a JSON schema from the keywords that bound text and shape, in the client's order.
-
-    There is no $ref (some servers fetch it) and no pattern (its grammar can grow without bound).
-    """
-    if isinstance(value, bool):
-        return value
-    made = {}
-    for key, x in need(depth > 0 and isinstance(value, dict), value).items():
-        if key == "properties":
-            made[key] = {k: a_schema(v, depth - 1) for k, v in need(isinstance(x, dict) and len(x) <= 64, x).items()}
-        elif key in ("items", "additionalProperties"):
-            made[key] = a_schema(x, depth - 1)
-        elif key in ("type", "title", "description", "const"):
-            made[key] = a_text(x)
-        elif key in ("enum", "required"):
-            made[key] = a_list(a_text, 256)(x)
-        elif key in ("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum"):
-            made[key] = a_number(-1e6, 1e6)(x)
-    return made
 
 
 @dataclass(frozen=True)
@@ -445,303 +392,228 @@ class Limits:
     model: str
     context: int  # tokens
     max_tokens: int
-    keep_alive: str  # -1 or a duration such as 10m
+    keep_alive: str  # -1, seconds, or a duration such as 10m
+
+
+def remade(rule: Any, value: Any, limits: Limits) -> Any:
+    """Return the value made anew by its rule, in the client's order; raise ValueError if it does not fit."""
+    if isinstance(rule, dict):
+        need(isinstance(value, dict) and len(value) <= MOST_ITEMS)
+        rules = {k: rule.get(k, rule.get(str)) for k, v in value.items() if v is not None}  # null is as good as absent
+        return {k: remade(r, value[k], limits) for k, r in rules.items() if r is not None}
+    if isinstance(rule, list):
+        need(isinstance(value, list) and len(value) <= MOST_ITEMS)
+        return [remade(rule[0], v, limits) for v in value]
+    if isinstance(rule, str):  # Ollama's -1 and -2 mean without limit, so they become the limit
+        need(type(value) is int)
+        return min(value, getattr(limits, rule)) if value > 0 else getattr(limits, rule)
+    if isinstance(rule, tuple) and not isinstance(rule[0], (int, float)):
+        with contextlib.suppress(ValueError):
+            return remade(rule[0], value, limits)
+        return remade(rule[1], value, limits)
+    if isinstance(rule, tuple):
+        need(type(value) in (int, float) and rule[0] <= value <= rule[1])
+    else:
+        need(isinstance(value, str) and value in rule if isinstance(rule, set) else isinstance(value, rule))
+    return value
 
 
 def remade_body(path: str, body: bytes, limits: Limits) -> bytes:
     """Return the body that the model server gets, made anew from the keys allowed here; raise Refused."""
-    temperature, seed = a_number(0, 5), a_number(-1, 2**63 - 1)
-    generate = an_object({
-        "prompt": a_text, "system": a_text, "stream": a_bool, "truncate": a_bool,
-        "think": lambda v: v if isinstance(v, bool) else one_of("low", "medium", "high")(v),
-        "format": lambda v: one_of("json")(v) if isinstance(v, str) else a_schema(v),
-        "options": an_object({"temperature": temperature, "seed": seed, "num_predict": a_count(limits.max_tokens),
-                              "num_ctx": a_count(limits.context)})})
-    chat = an_object({
-        "messages": a_list(an_object({"role": one_of("system", "user", "assistant"), "content": a_text}), 64),
-        "stream": a_bool, "stream_options": an_object({"include_usage": a_bool}), "temperature": temperature, "seed": seed,
-        "response_format": an_object({"type": one_of("text", "json_object", "json_schema"), "schema": a_schema,
-                                      "json_schema": an_object({"name": a_text, "strict": a_bool, "schema": a_schema})}),
-        "max_tokens": a_count(limits.max_tokens), "chat_template_kwargs": an_object({"enable_thinking": a_bool})})
     try:
         # an integer of a megabyte takes seconds to read; NaN and the infinities are no JSON
-        asked = json.loads(body.decode(), parse_int=lambda d: int(need(len(d) < 20, d)), parse_constant=lambda _: need(False, _))
+        asked = json.loads(body.decode(), parse_int=lambda d: int(need(len(d) < 20 and d)), parse_constant=lambda _: need(False))
+        made = {"model": limits.model, **remade(BODIES[path], asked, limits)}
         if path == "/api/generate":
-            made = generate(asked)
             made["options"] = {"num_predict": limits.max_tokens, "num_ctx": limits.context, **made.get("options", {})}
-            made["keep_alive"] = int(limits.keep_alive) if limits.keep_alive.lstrip("-").isdigit() else limits.keep_alive
+            made["keep_alive"] = limits.keep_alive if limits.keep_alive[-1] in "smh" else int(limits.keep_alive)
         else:
-            made = {"max_tokens": limits.max_tokens, **chat(asked)}
-        return json.dumps({"model": limits.model, **made}, ensure_ascii=False).encode()
-    except RecursionError:
-        raise malformed("the body is nested too deep") from None
-    except ValueError:  # UnicodeDecodeError and UnicodeEncodeError (a lone surrogate) are ValueErrors too
-        raise malformed("the body is no JSON object, or a key has a value of the wrong type or out of range") from None
+            made.setdefault("max_tokens", limits.max_tokens)
+        return json.dumps(made, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # bad UTF-8 and lone surrogates are ValueErrors too
+        raise Refused(400, "bad_request", "the body is no JSON object of known types and ranges, or is nested too deep") from None
 
 
-class AnswerEnd:
-    """Find where an answer ends while its bytes pass through untouched.
+class Connection:
+    """One connection from the VPS: one request after the other, never two at once."""
 
-    Framing is by Content-Length, by chunks, or by the connection's end (RFC 9112, 6.3).
-    """
+    def __init__(self, guard: Guard, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.guard, self.reader, self.writer = guard, reader, writer
+        self.model: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.deadline = time.monotonic() + SLOW_REQUEST  # when sweep() drops it
+        self.busy = False  # whether the model server works for it
 
-    def __init__(self) -> None:
-        self.head: bytearray | None = bytearray()  # None once it is whole
-        self.left: int | None = 0  # bytes until the next thing to read; None: until the connection ends
-        self.line: bytearray | None = None  # a chunk's size line being read; None: not chunked
-        self.keeps = False  # whether the connection may carry another request after this answer
-        self.last = False  # the chunk of size 0 was seen; its trailers end with an empty line
-
-    def feed(self, data: bytes) -> bool:
-        """Return whether the answer ended with these bytes; raise ValueError for what is no HTTP, or runs over."""
-        if self.head is not None:
-            self.head += data
-            end = self.head.find(b"\r\n\r\n")
-            if end < 0:
-                return not need(len(self.head) <= ANSWER_HEAD_LIMIT, True)
-            data = bytes(self.head[end + 4:])
-            self._frame(bytes(self.head[:end]))
-            self.head = None
-        if self.line is not None:
-            return self._chunks(data)
-        if self.left is None:
-            return False
-        self.left -= len(data)
-        return need(self.left >= 0, self.left) == 0
-
-    def _frame(self, head: bytes) -> None:
-        status = re.match(rb"HTTP/1\.[01] ([2-5]\d\d)", head)
-        need(bool(status), status)
-        if re.search(rb"(?im)^transfer-encoding:[ \t]*chunked[ \t]*\r?$", head):
-            self.line = bytearray()
-        else:
-            length = re.search(rb"(?im)^content-length:[ \t]*(\d{1,15})[ \t]*\r?$", head)
-            self.left = int(length[1]) if length else 0 if status[1] in (b"204", b"304") else None
-        self.keeps = head.startswith(b"HTTP/1.1") and not re.search(rb"(?im)^connection:[^\n]*close", head)
-
-    def _chunks(self, data: bytes) -> bool:
-        at = 0
-        while at < len(data):
-            step = min(self.left, len(data) - at)  # the chunk's own bytes, and the line end after them
-            self.left, at = self.left - step, at + step
-            end = data.find(b"\n", at)
-            if self.left == 0 and at < len(data):
-                self.line += data[at:end + 1] if end >= 0 else data[at:]
-                need(len(self.line) <= 4096, None)
-                if end < 0:
-                    break
-                at, line, self.line = end + 1, bytes(self.line).strip(), bytearray()
-                if self.last and not line:
-                    return need(at == len(data), True)
-                if not self.last:
-                    size = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?", line)
-                    self.left = int(need(bool(size), size) and size[1], 16)
-                    self.last, self.left = self.left == 0, self.left + 2 if self.left else 0
-        return False
-
-
-class ModelSide(asyncio.Protocol):
-    """A client's connection to the model server; it is kept for the client's next request, but not for long."""
-
-    def __init__(self, client: ClientSide, request: bytes) -> None:
-        self.client, self.request = client, request
-        self.end: AnswerEnd | None = None  # None: no request is under way
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.client.model = self
-        self.send(self.request)
-
-    def send(self, request: bytes) -> None:
-        self.end, self.request = AnswerEnd(), b""
-        self.transport.write(request)  # head and body in one write: two would wait for each other's ACK (Nagle)
-
-    def data_received(self, data: bytes) -> None:
+    async def serve(self) -> None:
+        """Answer requests until the client leaves or one is refused."""
+        self.guard.connections.add(self)
         try:
-            ended = need(self.end is not None, self.end).feed(data)
-        except ValueError:
-            return self.client.model_left(self)
-        self.client.pass_on(data)
-        if ended:
-            self.end = self.end if not self.end.keeps else None
-            self.client.answer_ended(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.client.model_left(self)
-
-
-class ClientSide(asyncio.Protocol):
-    """A connection from the VPS: one request after the other, never two at once."""
-
-    def __init__(self, guard: Guard) -> None:
-        self.guard, self.buffer, self.refused = guard, bytearray(), False
-        self.request: tuple[str, str, int] | None = None  # method, path and body length, once the head is whole
-        self.task: asyncio.Task[None] | None = None  # from a whole request to the connection with the model server
-        self.model: ModelSide | None = None
-        self.answered = False  # whether a byte of the answer has gone out
-        self.since = time.monotonic()  # when the state last changed
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        if len(self.guard.clients) >= CONNECTIONS:
-            transport.abort()
-        self.guard.clients.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self.refused:
-            return  # read and drop: closing on unread bytes would reset the connection under our answer
-        if self.is_busy():
-            return self.refuse(malformed("a second request before the first is answered"))
-        if not self.buffer:
-            self.since = time.monotonic()
-        self.buffer += data
-        try:
-            self._read()
+            need(len(self.guard.connections) <= CONNECTIONS)
+            while await self._one_request():
+                pass
         except Refused as e:
-            self.refuse(e)
+            self.guard.refused += 1
+            self.deadline = time.monotonic() + SLOW_REQUEST
+            self.writer.write(e.answer(keep=False))
+            self.writer.write_eof()
+            while await self.reader.read(65536):  # closing on unread bytes would reset the connection under our answer
+                pass
+        except (OSError, EOFError, ValueError):
+            self.drop()  # the client left, or the model server did within its answer: the client sees the end
+        finally:
+            self.guard.connections.discard(self)
+            self.drop_model()
+            self.writer.close()
 
-    def _read(self) -> None:
-        if self.request is None:
-            end = self.buffer.find(b"\r\n\r\n")
-            if max(end, len(self.buffer) if end < 0 else 0) > HEAD_LIMIT:
-                raise Refused(431, "too_long", f"the request's head is over {HEAD_LIMIT} bytes")
-            if end < 0:
-                return
-            self.request = read_head(bytes(self.buffer[:end]))
-            del self.buffer[:end + 4]
-        method, path, length = self.request
-        if len(self.buffer) > length:
-            raise malformed("there is more than one request")
-        if len(self.buffer) == length:
-            body, self.request, self.since = bytes(self.buffer), None, time.monotonic()
-            self.buffer.clear()
-            self.guard.bytes += length
+    async def _one_request(self) -> bool:
+        """Read a request, pass it on, pass its answer back; return whether the connection stays."""
+        self.deadline = time.monotonic() + IDLE_CONNECTION
+        method, path, body = await self._read_request()
+        self.deadline = time.monotonic() + SLOW_CONNECT
+        watch = asyncio.ensure_future(self.reader.read(1))  # a byte is a second request; the end is a client that left
+        await asyncio.sleep(0)  # let it see what is here already
+        try:
+            if watch.done():
+                raise Refused(400, "bad_request", "there is more than one request") if watch.result() else EOFError
             if self.guard.paused():
-                return self.refuse(Refused(503, "paused", "the owner of this GPU uses it now"), keep=True)
+                raise Refused(503, "paused", "the owner of this GPU uses it now")
             body = remade_body(path, body, self.guard.limits()) if method == "POST" else b""
             self.guard.requests += method == "POST"
-            head = f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\nAccept: */*\r\n"
-            if body:
-                head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            request = head.encode() + b"\r\n" + body
-            if self.model:
-                self.model.send(request)
-            else:
-                self.task = asyncio.get_running_loop().create_task(self._connect(request))
-
-    async def _connect(self, request: bytes) -> None:
-        host, port = self.guard.target
-        try:
-            await asyncio.get_running_loop().create_connection(lambda: ModelSide(self, request), host, port)
-        except OSError:
-            self.refuse(NO_MODEL_SERVER, keep=True)
+            self.busy = True
+            watch.add_done_callback(lambda w: w.cancelled() or self.drop(w.exception()))
+            return await self._exchange(f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\n", body, watch)
+        except Refused as e:
+            if e.args[0] < 500:
+                raise
+            self.writer.write(e.answer(keep=True))
+            return True
         finally:
-            self.task = None
+            self.busy = False
+            watch.cancel()
 
-    def pass_on(self, data: bytes) -> None:
-        """Send bytes of the answer as they came."""
-        self.answered, self.since = True, time.monotonic()
-        self.guard.bytes += len(data)
-        self.transport.write(data)
-
-    def answer_ended(self, model: ModelSide) -> None:
-        self.answered, self.since = False, time.monotonic()
-        if model.end:  # the model server will not take another request on this connection
+    async def _read_request(self) -> tuple[str, str, bytes]:
+        first = asyncio.ensure_future(self.reader.readexactly(1))
+        await asyncio.wait([first], timeout=KEPT_CONNECTION if self.model else None)
+        if not first.done():
             self.drop_model()
+        start = await first
+        self.deadline = time.monotonic() + SLOW_REQUEST
+        try:
+            head = start + await self.reader.readuntil(b"\r\n\r\n")
+        except asyncio.LimitOverrunError:
+            raise Refused(431, "too_long", f"the request's head is over {HEAD_LIMIT} bytes") from None
+        method, path, length = read_head(head[:-4])
+        return method, path, await self.reader.readexactly(length)
 
-    def model_left(self, model: ModelSide) -> None:
-        """The model server closed, or spoke no HTTP: in an answer, before one, or between two."""
-        if model is not self.model:
-            return
-        busy, answered, self.answered = model.end is not None, self.answered, False
-        self.drop_model()
-        if busy and answered:
-            self.transport.close()
-        elif busy:
-            self.refuse(NO_MODEL_SERVER, keep=True)
-
-    def is_busy(self) -> bool:
-        """Return whether a request is under way."""
-        return bool(self.task or self.model and self.model.end)
-
-    def refuse(self, why: Refused, keep: bool = False) -> None:
-        """Answer a refusal ourselves; keep: the request was whole and lawful, the connection stays."""
-        self.guard.refused += why.code not in ("paused", "no_model_server")
-        body = json.dumps({"error": {"code": why.code, "message": why.message}}).encode()
-        self.transport.write(f"HTTP/1.1 {why.status} {PHRASES[why.status]}\r\nContent-Type: application/json\r\nContent-Length: "
-                             f"{len(body)}\r\n{'' if keep else 'Connection: close' + chr(13) + chr(10)}\r\n".encode() + body)
-        self.since = time.monotonic()
-        if not keep:
-            self.refused = True
+    async def _exchange(self, head: str, body: bytes, watch: asyncio.Future[bytes]) -> bool:
+        """Send the request in one write, and each part of the answer as it comes; return whether the connection stays."""
+        try:
+            if not self.model or self.model[0].at_eof():
+                self.drop_model()
+                dial = asyncio.ensure_future(asyncio.open_connection(*self.guard.target))
+                if not (await asyncio.wait([dial], timeout=SLOW_CONNECT))[0]:
+                    dial.cancel()
+                self.model = need(dial.done() and dial.result())
+                need(not watch.done())
+            model, to_model = self.model
+            content = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+            to_model.write(f"{head}Accept: */*\r\n{content}\r\n".encode() + body)  # two writes would wait for each other's ACK
+            self.deadline = time.monotonic() + SILENT_ANSWER
+            answer = await model.readuntil(b"\r\n\r\n")
+            status = need(re.match(rb"HTTP/1\.[01] ([2-5]\d\d)", answer))[1]
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):
             self.drop_model()
-            self.transport.write_eof()
+            raise Refused(502, "no_model_server", "no model server answers on the workstation") from None
+        length = re.search(rb"(?i)\ncontent-length:[ \t]*(\d{1,15})\s*\r\n", answer)
+        closes = re.search(rb"(?i)\nconnection:[^\n]*close", answer) or answer.startswith(b"HTTP/1.0")
+        if re.search(rb"(?i)\ntransfer-encoding:[ \t]*chunked\s*\r\n", answer):
+            await self._pass_chunks(answer, model, watch)
+        else:
+            left = int(length[1]) if length else 0 if status in (b"204", b"304") else float("inf")
+            while left:
+                part = await model.read(int(min(left, 65536)))
+                if not part:
+                    await self._pass(answer)
+                    return False  # the end that the answer was framed by, or one too early: the client must see it
+                left -= len(part)
+                await self._pass(answer + part, None if left else watch)
+                answer = b""
+            if answer:
+                await self._pass(answer, watch)
+        if closes:
+            self.drop_model()
+        return not closes
 
-    def is_overdue(self, now: float) -> bool:
-        """Return whether this connection has been in its state for longer than that state may last."""
-        limit = SLOW_CONNECT if self.task else SILENT_ANSWER if self.is_busy() else SLOW_REQUEST if self.buffer or self.request or self.refused else IDLE_CONNECTION
-        return now - self.since > limit
+    async def _pass_chunks(self, answer: bytes, model: asyncio.StreamReader, watch: asyncio.Future[bytes]) -> None:
+        """Pass a chunked answer; the last chunk has size 0 and its trailers end with an empty line (RFC 9112, 7.1)."""
+        await self._pass(answer)
+        while True:
+            line = need(await model.readline())
+            size = int(need(re.match(rb"[0-9A-Fa-f]{1,8}(?=[ \t;\r\n])", line))[0], 16)
+            if not size:
+                break
+            need(size <= CHUNK_LIMIT)
+            await self._pass(line + await model.readexactly(size + 2))
+        end = line
+        while line.strip() and len(end) < HEAD_LIMIT:
+            line = need(await model.readline())
+            end += line
+        await self._pass(end, watch)
 
-    def pause_writing(self) -> None:
-        if self.model:
-            self.model.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        if self.model:
-            self.model.transport.resume_reading()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client left: the model server's connection is closed at once, and the GPU is free."""
-        self.guard.clients.discard(self)
-        self.drop_model()
+    async def _pass(self, part: bytes, watch: asyncio.Future[bytes] | None = None) -> None:
+        """Send a part of the answer; with watch it is the last, after which a next request may come."""
+        if watch:
+            watch.cancel()
+        self.deadline = time.monotonic() + SILENT_ANSWER
+        self.guard.bytes += len(part)
+        self.writer.write(part)
+        await self.writer.drain()
 
     def drop_model(self) -> None:
-        if self.task:
-            self.task.cancel()
+        """Close the connection to the model server at once: it stops generating, and the GPU is free."""
         model, self.model = self.model, None
         if model:
-            model.transport.abort()
+            model[1].transport.abort()
+
+    def drop(self, _: BaseException | None = None) -> None:
+        """Close both sides at once."""
+        self.drop_model()
+        self.writer.transport.abort()
 
 
 class Guard:
     """The listener that ssh forwards to: what it counts, and what the owner allows."""
 
-    def __init__(self, target: tuple[str, int], limits: Callable[[], Limits], paused: Callable[[], bool]) -> None:
-        self.target, self.limits, self.paused = target, limits, paused
-        self.clients: set[ClientSide] = set()
-        self.requests = self.refused = self.bytes = 0  # generations asked for; requests not passed; both directions
-        self.port = 0
+    def __init__(self, target: str, limits: Callable[[], Limits], paused: Callable[[], bool]) -> None:
+        host, _, port = target.rpartition(":")
+        self.target, self.limits, self.paused = (host, int(port)), limits, paused
+        self.connections: set[Connection] = set()
+        self.requests = self.refused = self.bytes = 0  # generations asked for; requests not passed; bytes of answers
 
     async def start(self) -> None:
-        self.server = await asyncio.get_running_loop().create_server(lambda: ClientSide(self), "127.0.0.1", 0)
+        """Listen on a free loopback port, the same for every link to come."""
+        self.server = await asyncio.start_server(lambda r, w: Connection(self, r, w).serve(), "127.0.0.1", 0, limit=HEAD_LIMIT)
         self.port = self.server.sockets[0].getsockname()[1]
 
     def sweep(self) -> None:
-        """Drop the connections that are overdue; called every second."""
-        now = time.monotonic()
-        for client in self.clients:
-            if client.model and not client.is_busy() and now - client.since > KEPT_CONNECTION:
-                client.drop_model()
-        for client in [c for c in self.clients if c.is_overdue(now)]:
-            if client.task:
-                client.task.cancel()
-                client.refuse(NO_MODEL_SERVER, keep=True)
-            else:
-                client.transport.abort()
+        """Drop the connections that are past their deadline; called every second."""
+        for c in [c for c in self.connections if time.monotonic() > c.deadline]:
+            c.drop()
 
     def stop_running(self) -> None:
-        """Break off every exchange with the model server."""
-        for client in [c for c in self.clients if c.is_busy()]:
-            client.transport.abort()
+        """Break off every generation."""
+        for c in [c for c in self.connections if c.busy]:
+            c.drop()
 
     def close(self) -> None:
         self.server.close()
-        for client in list(self.clients):
-            client.transport.abort()
+        for c in list(self.connections):
+            c.drop()
+
 
 # --- probe -------------------------------------------------------------------
 
 class Line(http.client.HTTPConnection):
-    """A connection to ADDRESS:PORT or to a Unix socket's path; every wait on it is bounded by its timeout."""
+    """A connection to ADDRESS:PORT or to a Unix socket's path; every wait on it is bounded by its timeout in seconds."""
 
     def __init__(self, at: str, timeout: float = 2.0) -> None:
         super().__init__("localhost", timeout=timeout)
@@ -756,18 +628,116 @@ class Line(http.client.HTTPConnection):
             host, _, port = self.at.rpartition(":")
             self.sock = socket.create_connection((host, int(port)), self.timeout)
 
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, bytes]:
-        """Return status, headers and body (to 8 MiB) of the answer; raise OSError or http.client.HTTPException."""
-        self.request(method, path, None if body is None else json.dumps(body).encode(), {k: v for k, v in headers.items()})
-        answer = self.getresponse()
-        return answer.status, answer.headers, answer.read(8 << 20)
+    def ask(self, path: str, body: Any = None, start: int | None = None) -> tuple[int, str, bytes]:
+        """Return status, ETag and body (to 8 MiB) of the answer; raise OSError where none came. start: a Range's first byte."""
+        headers = {} if start is None else {"Range": f"bytes={start}-"}
+        content = None if body is None else json.dumps(body).encode()
+        try:
+            self.request("GET" if body is None else "POST", path, content, {"Content-Type": "application/json", **headers})
+            answer = self.getresponse()
+            return answer.status, answer.headers.get("ETag", ""), answer.read(8 << 20)
+        except (OSError, http.client.HTTPException) as e:
+            self.close()
+            raise OSError(f"{type(e).__name__} from {self.at}") from e
+
+
+def ask_once(at: str, path: str, body: Any = None, timeout: float = 2.0) -> tuple[int, Any]:
+    """Return status and JSON value (None where it is none) of one answer; raise OSError where none came."""
+    with contextlib.closing(Line(at, timeout)) as line:
+        code, _, text = line.ask(path, body)
+    with contextlib.suppress(ValueError):
+        return code, json.loads(text)
+    return code, None
+
+
+def probe(line: Line) -> tuple[bool, Any, float | None]:
+    """Return whether the link lives, the proxy's health if it answered, and the round trip in seconds if measured.
+
+    Anything but silence proves life: a refusal, too, came from the VPS. A kept connection that the proxy has closed proves
+    nothing; a new one is asked then, which takes two round trips and is not measured.
+    """
+    for kept in (True, False) if line.sock else (False,):
+        began = time.monotonic()
+        try:
+            text = line.ask("/health")[2]
+        except OSError:
+            if time.monotonic() - began >= line.timeout * 0.95:
+                return False, None, None
+            continue
+        seconds = time.monotonic() - began if kept else None
+        with contextlib.suppress(ValueError):
+            return True, json.loads(text), seconds
+    return True, None, None
+
+
+def backend_is_down(health: Any, remote: str) -> bool:
+    """Return whether the proxy's health says that this workstation is down for a reason that a redial may mend."""
+    name = remote if ":" in remote else Path(remote).stem
+    try:
+        mine = [b for b in health["backends"] if b["name"] == name]
+        return not mine or not mine[0]["up"] and mine[0]["reason"] not in ("paused", "model_missing", "warming")
+    except (KeyError, TypeError):
+        return False  # not our proxy: nothing is known
+
+
+def probe_verdict(silent: int, down_for: float, patience: float, model_answers: bool) -> str:
+    """Return why to redial, or nothing.
+
+    Two silent probes: the link is dead. The proxy has not seen us for `patience` seconds while the model server here answers:
+    the forward is dead. The caller doubles patience after each redial for that, as the fault may not be the link's.
+    """
+    if silent >= 2:
+        return "two probes in a row had no answer"
+    if down_for >= patience and model_answers:
+        return f"the proxy has not seen this workstation for {down_for:.0f} s"
+    return ""
+
+
+# --- model -------------------------------------------------------------------
+
+def models(target: str) -> tuple[str, list[str], list[str]]:
+    """Return the model server's kind, the models installed and those loaded; raise OSError where none answers."""
+    for kind, path, key, name in (("ollama", "/api/tags", "models", "name"), ("openai", "/v1/models", "data", "id")):
+        code, listed = ask_once(target, path)
+        with contextlib.suppress(KeyError, TypeError):
+            installed = [str(m[name]) for m in listed[key]]
+            loaded = [str(m["name"]) for m in ask_once(target, "/api/ps")[1]["models"]] if kind == "ollama" else installed
+            return kind, installed, loaded
+    return "other", [], []
+
+
+def chosen_model(wanted: str, installed: list[str], loaded: list[str]) -> tuple[str, str]:
+    """Return the model to serve, and what its owner should know of that: empty, or one sentence."""
+    here = {*installed, *(name.split(":latest")[0] for name in installed)}
+    if wanted:
+        return wanted, f"{wanted} is not installed here; there are: {', '.join(installed)}" if here and wanted not in here else ""
+    if PLACEHOLDER_MODEL in here:
+        return PLACEHOLDER_MODEL, ""
+    for only in (loaded, installed):
+        if len(only) == 1:
+            return only[0], ""
+    several = f"several models are here and none is chosen; say --model with one of: {', '.join(installed)}"
+    return PLACEHOLDER_MODEL, several if installed else "no model is installed here"
 
 
 # --- supervising -------------------------------------------------------------
 
 TICK = 1.0  # seconds between looks at clock, address, pause and state
 SLEPT = 5.0  # seconds; a tick that late means that the machine was asleep
+PROBE_EVERY = 3.0  # seconds; with two silent ones of 2 s each a dead link is noticed within 7
+FRONT_PATIENCE = (10.0, 600.0)  # seconds that the proxy may not see us before a redial: at first, and at most
+MODELS_EVERY = 10.0  # seconds between looks at which models there are
+MIRROR_EVERY = 30.0  # seconds
+COUNTS_EVERY = 5.0  # seconds between writes of a state in which only counters changed
 WORDS_KEPT = 80  # lines of ssh's stderr; a failed dial at -v writes about 60
+
+
+def boot_clock() -> float:
+    """Return monotonic seconds that go on counting while the machine sleeps."""
+    for clock in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):  # Linux; macOS, where time.monotonic() stops in sleep
+        if hasattr(time, clock):
+            return time.clock_gettime(getattr(time, clock))
+    return time.monotonic()  # Windows: counts sleep
 
 
 def notify(text: str) -> None:
@@ -781,26 +751,41 @@ def notify(text: str) -> None:
 
 def local_address(peer: str) -> str:
     """Return the address from which packets to peer would leave; empty where there is no route. Sends nothing."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as s:
-            s.connect((peer, 9))
-            return str(s.getsockname()[0])
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((peer, 9))
+        return str(s.getsockname()[0])
+    return ""
 
 
-def end_with_us() -> Callable[[], None] | None:
-    """Return what a child calls before exec so that the Linux kernel ends it when we die."""
-    if sys.platform != "linux":
-        return None
+LEASH = ('exec 3<&0; "$@" </dev/null 3<&- & ssh=$!; (cat <&3; kill $ssh) >/dev/null 2>&1 & leash=$!; wait $ssh; code=$?; '
+         "kill $leash 2>/dev/null; exit $code")  # a shell that ends ssh when our end of its standard input closes
+
+
+def leashed(command: list[str], platform: str) -> tuple[list[str], dict[str, Any]]:
+    """Return command and Popen arguments such that the child ends when we do, however we end."""
+    if platform == "win32":
+        return command, {"stdin": subprocess.DEVNULL, "creationflags": 0x08000000}  # CREATE_NO_WINDOW: a hidden console
+    if platform != "linux":
+        return ["/bin/sh", "-c", LEASH, "sh", *command], {"stdin": subprocess.PIPE}
     import ctypes
     libc, us = ctypes.CDLL(None), os.getpid()
 
-    def arrange() -> None:
-        libc.prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
+    def end_with_us() -> None:
+        libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != us:  # we died before the call
             os._exit(1)
-    return arrange
+    return command, {"stdin": subprocess.DEVNULL, "preexec_fn": end_with_us}
+
+
+def enter_job() -> None:
+    """Put this process and its children into a Windows job that is killed when its last handle closes: at our end."""
+    import ctypes
+    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    kernel.CreateJobObjectW.restype = kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    job, limits = ctypes.c_void_p(kernel.CreateJobObjectW(None, None)), (ctypes.c_uint32 * 36)()
+    limits[4] = 0x2000  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION.LimitFlags: JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+    kernel.SetInformationJobObject(job, 9, ctypes.byref(limits), ctypes.sizeof(limits))
+    kernel.AssignProcessToJobObject(job, ctypes.c_void_p(kernel.GetCurrentProcess()))
 
 
 class Tunnel:
@@ -808,37 +793,39 @@ class Tunnel:
 
     def __init__(self, settings: Settings, home: Path, clock: Callable[[], float] = boot_clock) -> None:
         self.settings, self.home, self.clock = settings, home, clock
-        host, _, port = settings.target.rpartition(":")
-        self.guard = Guard((host, int(port)), self.limits, lambda: False)
+        s = settings
+        self.guard = Guard(s.target, lambda: Limits(self.state["model"], s.context, s.max_tokens, s.keep_alive),
+                           lambda: bool(self.state["paused_until"]))
         self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
-        self.reason = ""  # why we end the link ourselves
-        self.peer = self.dialled_from = self.sshd = ""
-        self.dials = 0
-        self.saved: tuple[str, float, str] = ("", -9.0, "")
-        self.state: dict[str, Any] = {
-            "version": VERSION, "pid": os.getpid(), "name": settings.name, "destination": settings.destination,
-            "remote": settings.remote, "started_at": time.time(), "up_since": None, "redials": 0, "last_error": None,
-            "front": None, "round_trip": None, "model": settings.model or PLACEHOLDER_MODEL}
-
-    def limits(self) -> Limits:
-        s = self.settings
-        return Limits(self.state["model"], s.context, s.max_tokens, s.keep_alive)
+        self.reason = ""  # why we end the link, or the wait for the next
+        self.peer = self.dialled_from = ""  # addresses of the VPS, and of this machine towards it
+        self.up_at: float | None = None  # by the clock; None: down
+        self.saved: tuple[dict[str, Any], str, float] = ({}, "", 0.0)  # state, text and time of the last write
+        self.places = {"destination": s.destination, "port": s.ssh_port, "identity": s.identity, "remote": s.remote,
+                       "known_hosts": home / "known_hosts"}
+        self.state: dict[str, Any] = {  # what status shows; round_trip and the guard's counters are added when written
+            "version": VERSION, "pid": os.getpid(), "name": s.name, "destination": s.destination, "remote": s.remote,
+            "started_at": time.time(), "up_since": None, "front": None, "sshd": "", "dials": 0, "redials": 0,
+            "last_error": None, "model": s.model or PLACEHOLDER_MODEL, "model_server": None, "model_note": "",
+            "paused_until": paused_until(home), "mirror": None}
+        self.round_trip: float | None = None  # seconds
 
     async def run(self) -> int:
-        """Hold the tunnel until stop() is called; return the exit status."""
+        """Hold the tunnel until it is told to stop; return the exit status."""
         await self.guard.start()
-        tasks = [asyncio.ensure_future(t) for t in (self._supervise(), self._tick())]
-        stop = asyncio.ensure_future(self.stopping.wait())
-        done, _ = await asyncio.wait([stop, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        await self._look_at_models()
+        loops = [self.stopping.wait(), self._supervise(), self._tick(), self._probe(),
+                 self._every(MODELS_EVERY, self._look_at_models), self._every(MIRROR_EVERY, self._copy_log)]
+        tasks = [asyncio.ensure_future(loop) for loop in loops]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         notify("STOPPING=1")
         for task in tasks:
             task.cancel()
         self.guard.close()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self.state["up_since"] = None
-        self.save(force=True)
-        for task in done - {stop}:
-            task.result()  # a task that ended by itself ended by a fault of ours: show it
+        self._save(force=True)
+        for task in done:
+            task.result()  # a loop that ended by itself ended by a fault of ours: show it
         return 0
 
     def redial(self, why: str) -> None:
@@ -846,73 +833,77 @@ class Tunnel:
         self.reason = why
         self.hurry.set()
 
+    async def _every(self, seconds: float, step: Callable[[], Any]) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await step()
+
     async def _supervise(self) -> None:
         failures = 0
         while True:
             self.hurry.clear()
-            self.reason, began, self.dials = "", self.clock(), self.dials + 1
+            self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
             failure = await self._dial()
-            up, self.state["up_since"], self.state["front"] = self.state["up_since"], None, None
-            failures = 1 if up and self.clock() - began > STEADY_AFTER else failures + 1
-            self._tell(failure, bool(up))
-            delay = 0.0 if self.reason else next_delay(failure.pace, failures)
-            await asyncio.wait([asyncio.ensure_future(self.hurry.wait())], timeout=delay)
+            held = self.clock() - self.up_at if self.up_at else 0.0
+            failures = 1 if held > STEADY_AFTER else failures + 1
+            self._tell(failure, was_up=held > 0)
+            hurry = asyncio.ensure_future(self.hurry.wait())
+            if not (self.reason and held):  # a link that we ended is dialled again at once
+                self.hurry.clear()
+                await asyncio.wait([hurry], timeout=next_delay(failure.pace, failures))
+            hurry.cancel()
 
     async def _dial(self) -> Failure:
         """Hold one ssh from start to end; return why it ended."""
-        s, front = self.settings, front_address(self.home)
-        places = {"destination": s.destination, "port": s.ssh_port, "identity": s.identity, "remote": s.remote,
-                  "known_hosts": self.home / "known_hosts"}
+        front = front_address(self.home)
+        command, how = leashed(ssh_command(self.settings, self.home, self.guard.port, front), sys.platform)
         try:
-            ssh = await asyncio.create_subprocess_exec(
-                *ssh_command(s, self.home, self.guard.port, front), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, preexec_fn=end_with_us(), creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+            ssh = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how)
         except OSError as e:
-            return judge(0, f"cannot start ssh: {e.strerror}", places)
+            return judge(0, f"cannot start ssh: {e.strerror}", self.places)
         words: deque[str] = deque(maxlen=WORDS_KEPT)
-        listening = asyncio.ensure_future(self._listen(ssh, words, front))
-        hurry = asyncio.ensure_future(self.hurry.wait())
+        listening, hurry = (asyncio.ensure_future(t) for t in (self._listen(ssh, words, front), self.hurry.wait()))
         try:
             await asyncio.wait([listening, hurry], return_when=asyncio.FIRST_COMPLETED)
         finally:
             hurry.cancel()
+            self.state.update(up_since=None, front=None)
             with contextlib.suppress(ProcessLookupError):
-                ssh.terminate()
-            if not (await asyncio.wait([listening], timeout=2.0))[0]:
-                ssh.kill()
+                ssh.stdin.close() if ssh.stdin else ssh.terminate()
+                if not (await asyncio.wait([listening], timeout=2.0))[0]:  # seconds; ssh ends within milliseconds
+                    ssh.kill()
             await listening
             await ssh.wait()
-        return judge(ssh.returncode or 0, "\n".join(words), places, self.reason)
+        return judge(ssh.returncode or 0, "\n".join(words), self.places, self.reason)
 
     async def _listen(self, ssh: asyncio.subprocess.Process, words: deque[str], front: str) -> None:
         """Read what ssh says until it ends; notice what the rest of us needs to know."""
-        rest = b""
-        while True:
+        rest, some = b"", b" "
+        while some:
             some = await ssh.stderr.read(4096)
-            if not some:
-                return
             *lines, rest = (rest + some)[-65536:].split(b"\n")
             for line in (raw.decode("utf-8", "replace").rstrip("\r") for raw in lines):
                 words.append(line)
-                connecting = re.match(r"debug1: Connecting to \S+ \[(.+)\] port", line)
-                if connecting:
-                    self.peer = connecting[1]
-                    self.dialled_from = local_address(self.peer)
-                elif "remote software version" in line:
-                    self.sshd = line.rpartition("version ")[2][:60]
-                elif line.startswith("debug1: remote forward success"):
-                    self._is_up(front)
-                elif "open failed: administratively prohibited" in line and self.state["front"]:
-                    self.state["front"] = None
-                    log.warning("the VPS refuses the way to its own %s: the tunnel serves without probe and mirror", self.settings.front)
+                self._notice(line, front)
 
-    def _is_up(self, front: str) -> None:
-        self.state.update(up_since=time.time(), front=front, redials=self.dials - 1, last_error=None)
-        log.info("tunnel is up: %s serves at %s of %s", self.state["model"], self.settings.remote, self.settings.destination)
-        notify(f"READY=1\nSTATUS=up: {self.settings.remote} of {self.settings.destination}")
+    def _notice(self, line: str, front: str) -> None:
+        connecting = re.match(r"debug1: Connecting to \S+ \[(.+)\] port", line)
+        if connecting:
+            self.peer, self.dialled_from = connecting[1], local_address(connecting[1])
+        elif line.startswith("debug1: Remote protocol version"):
+            self.state["sshd"] = "".join(c for c in line.rpartition("version ")[2][:60] if c.isprintable())
+        elif line.startswith("debug1: remote forward success"):
+            self.up_at = self.clock()
+            self.state.update(up_since=time.time(), front=front, redials=self.state["dials"] - 1, last_error=None)
+            text = f"up: {self.state['model']} serves at {self.settings.remote} of {self.settings.destination}"
+            log.info(text)
+            notify(f"READY=1\nSTATUS={text}")
+        elif "open failed: administratively prohibited" in line and self.state["front"]:
+            self.state["front"] = None
+            log.warning("the VPS refuses the way to its own %s: this link has no probe and no mirror", self.settings.front)
 
     def _tell(self, failure: Failure, was_up: bool) -> None:
-        """Say a change once: a link that ended, or a new kind of failure."""
+        """Say a change once: a link that ended, or another kind of failure."""
         last = self.state["last_error"]
         if was_up or not last or last["kind"] != failure.kind:
             log.warning("%s: %s; %s", failure.kind, failure.seen, failure.cure)
@@ -925,73 +916,595 @@ class Tunnel:
             await asyncio.sleep(TICK)
             late, last = self.clock() - last - TICK, self.clock()
             if late > SLEPT:
-                self.redial(f"woke from {late:.0f} s of sleep")
-            if self.peer:
-                address = local_address(self.peer)
-                if address and address != self.dialled_from:
-                    self.redial(f"this machine's address changed from {self.dialled_from or 'none'} to {address}")
-                    self.dialled_from = address
+                self.redial(f"this machine slept for {late:.0f} s")
+            address = local_address(self.peer) if self.peer else ""
+            if address and address != self.dialled_from:
+                self.redial(f"this machine's address changed from {self.dialled_from or 'none'} to {address}")
+                self.dialled_from = address
+            until = paused_until(self.home)
+            if until != self.state["paused_until"]:
+                self.state["paused_until"] = until
+                log.info("paused" if until else "resumed")
+                if until:
+                    self.guard.stop_running()
             self.guard.sweep()
-            self.save()
+            self._save()
             notify("WATCHDOG=1")
 
-    def save(self, force: bool = False) -> None:
-        """Write the state when it changed; counters alone at most every 5 s."""
-        text = json.dumps(self.state)
-        counts = {"requests": self.guard.requests, "refused": self.guard.refused, "bytes": self.guard.bytes}
-        whole = json.dumps({**self.state, **counts}, indent=1)
-        if force or text != self.saved[0] or (whole != self.saved[2] and self.clock() - self.saved[1] >= 5.0):
-            write_atomically(self.home / "state.json", whole)
-            self.saved = (text, self.clock(), whole)
+    def _save(self, force: bool = False) -> None:
+        """Write the state when it changed; counters alone at most every COUNTS_EVERY."""
+        guard, (state, written, at) = self.guard, self.saved
+        text = json.dumps({**self.state, "round_trip": self.round_trip, "requests": guard.requests, "refused": guard.refused,
+                           "bytes": guard.bytes}, indent=1)
+        if force or state != self.state or (written != text and self.clock() - at >= COUNTS_EVERY):
+            write_atomically(self.home / "state.json", text)
+            self.saved = (dict(self.state), text, self.clock())
+
+    async def _look_at_models(self) -> None:
+        """Choose the model anew if the one chosen is gone, or none was."""
+        now, state = self.state["model"], self.state
+        try:
+            kind, installed, loaded = await asyncio.to_thread(models, self.settings.target)
+        except OSError:
+            state["model_server"] = None
+            return
+        if state["model_server"] is None or state["model_note"] or now not in installed:
+            state["model"], note = chosen_model(self.settings.model, installed, loaded)
+            if state["model"] != now or note != state["model_note"]:
+                log.info("model: %s%s", state["model"], f"; {note}" if note else "")
+            state.update(model_note=note)
+        state["model_server"] = kind
+
+    async def _probe(self) -> None:
+        link, silent, seen_at, patience, line = None, 0, self.clock(), FRONT_PATIENCE[0], Line("")
+        while True:
+            await asyncio.sleep(PROBE_EVERY if silent != 1 else 0)
+            front, state = self.state["front"], self.state
+            if not front or link != self.up_at:  # another link: whatever the last one did is forgotten
+                line.close()
+                link, silent, seen_at, line, self.round_trip = self.up_at, 0, self.clock(), Line(front or ""), None
+            if not front:
+                continue
+            lives, health, seconds = await asyncio.to_thread(probe, line)
+            silent, self.round_trip = 0 if lives else silent + 1, seconds or self.round_trip
+            if state["paused_until"] or not backend_is_down(health, self.settings.remote):
+                seen_at, patience = self.clock(), FRONT_PATIENCE[0] if health else patience
+            why = probe_verdict(silent, self.clock() - seen_at, patience, state["model_server"] is not None)
+            if why and link == self.up_at:
+                patience = patience if silent else min(patience * 2, FRONT_PATIENCE[1])
+                seen_at = self.clock()
+                self.redial(why)
+
+    async def _copy_log(self) -> None:
+        copy, front = self.settings.mirror, self.state["front"]
+        if front and copy != "none":
+            with contextlib.suppress(OSError):  # the link went, or the proxy is down: it is tried again
+                self.state["mirror"] = {"file": copy, "position": await asyncio.to_thread(mirror, front, self.home, Path(copy))}
+
+
+# --- mirror ------------------------------------------------------------------
+# The place reached is kept in mirror.json: ETag of the VPS's file (the hash of its first line), bytes read of it, and the
+# length of the copy. The copy is written first and the place after it, so a kill between them leaves bytes beyond the
+# place; they are cut off and read again. Nothing comes twice, and only whole lines come.
+
+LOGS = ("/log.5", "/log.4", "/log.3", "/log.2", "/log.1", "/log")  # the proxy's, oldest first
+NOWHERE = 1 << 60  # bytes; a start beyond any end, for an ETag alone
+
+
+def fetch(line: Line, path: str, start: int) -> tuple[str, bytes]:
+    """Return a log file's ETag (empty where there is none) and its whole lines from byte start on, to 8 MiB."""
+    code, etag, text = line.ask(path, start=start)
+    if len(text) >= 8 << 20:
+        line.close()  # the rest of the answer is still on it
+    text = text[start:] if code == 200 else text if code == 206 else b""
+    return etag if code in (200, 206, 416) else "", text[:text.rfind(b"\n") + 1]
+
+
+def mirror_step(line: Line, place: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Return the next place and the bytes up to it; the same place and no bytes when there is nothing new.
+
+    A file is left for the next newer one when it gave nothing more. Files may be rotated between two questions, so the one
+    left must still be where it was after the newer one has answered.
+    """
+    etags, start = {}, place["offset"] if place["etag"] else NOWHERE
+    for path in reversed(LOGS):  # the newest first: it nearly always is the one
+        etags[path], new = fetch(line, path, start)
+        if place["etag"] and etags[path] == place["etag"]:
+            if new or path == LOGS[-1]:
+                return {**place, "offset": start + len(new)}, new
+            after = LOGS[LOGS.index(path) + 1]
+            break
+    else:  # the first time, a rebuilt VPS, or more rotations than files: everything there is new
+        path, after = "", next((p for p in LOGS if etags[p]), "")
+    etag, new = fetch(line, after, 0) if after else ("", b"")
+    moved = fetch(line, path, start) != (place["etag"], b"") if path else etag != etags.get(after)
+    return (place, b"") if moved or not new else ({**place, "etag": etag, "offset": len(new)}, new)
+
+
+def mirror(front: str, home: Path, copy: Path) -> int:
+    """Append to the copy what the VPS's log has more; return the copy's length in bytes. Raise OSError."""
+    place = read_json(home / "mirror.json")
+    with contextlib.closing(Line(front, 10.0)) as line, open(copy, "ab") as f:
+        if place.get("file") != str(copy):
+            place = {"file": str(copy), "etag": "", "offset": 0, "length": f.tell()}
+        f.truncate(min(f.tell(), place["length"]))
+        while True:
+            place, new = mirror_step(line, place)
+            if not new:
+                return f.seek(0, os.SEEK_END)
+            f.write(new)
+            f.flush()
+            os.fsync(f.fileno())
+            place["length"] = f.tell()
+            write_atomically(home / "mirror.json", json.dumps(place))
+
+
+# --- pause -------------------------------------------------------------------
+
+def seconds_of(text: str) -> float:
+    """Return the seconds that 90s, 30m, 2h or 1d mean; raise BadSetting."""
+    found = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text)
+    if not found:
+        raise BadSetting(f"pause: {text!r} is no time; write 90s, 30m, 2h or 1d, or nothing to pause until `tunnel.py resume`")
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def paused_until(home: Path) -> float | None:
+    """Return when the pause ends (epoch s; 0.0 < t; infinity: at resume), or None where there is no pause."""
+    pause = read_json(home / "pause.json")
+    until = pause.get("until") or float("inf")
+    return until if pause and time.time() < until else None
+
+
+def pause(home: Path, settings: Settings, duration: str) -> int:
+    """Tell callers `paused`, end running generations, unload the model."""
+    until = time.time() + seconds_of(duration) if duration else None
+    write_atomically(home / "pause.json", json.dumps({"paused_at": time.time(), "until": until}))
+    print("paused until " + (clock_time(until) if until else "`tunnel.py resume`"))
+    deadline = time.monotonic() + 10.0  # seconds; the tunnel looks every TICK, Ollama frees the memory after it answered
+    while is_running(home) and not read_json(home / "state.json").get("paused_until") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        kind, _, loaded = models(settings.target)
+        for name in loaded if kind == "ollama" else ():
+            ask_once(settings.target, "/api/generate", {"model": name, "keep_alive": 0}, 10.0)
+        while loaded and kind == "ollama" and time.monotonic() < deadline:
+            time.sleep(0.1)
+            loaded = models(settings.target)[2]
+    except OSError as e:
+        print(f"no model server answers at {settings.target} ({e}): there is nothing to unload")
+        return 0
+    print(f"{', '.join(loaded)} stays in memory; stop the model server to free the GPU" if loaded else "the GPU's memory is free")
+    return 0
+
+
+def resume(home: Path) -> int:
+    """End the pause; the VPS has the model loaded again as soon as it sees that."""
+    (home / "pause.json").unlink(missing_ok=True)
+    print("resumed")
+    return 0
+
+
+# --- services ----------------------------------------------------------------
+
+ACCOUNT = "scatter-workstation"  # whom the system unit runs as
+UNIT = """\
+[Unit]
+Description=scatter: the tunnel from this GPU to its website
+Wants=network-online.target
+After=network-online.target
+# five quick failures would end it for good
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart={command}
+Environment={environment}
+# READY comes with the first link, and the VPS may be away for days
+TimeoutStartSec=infinity
+TimeoutStopSec=10
+Restart=always
+RestartSec=2
+RestartPreventExitStatus=2
+WatchdogSec=30
+{sandbox}
+
+[Install]
+WantedBy={target}
+"""
+SANDBOX = ("NoNewPrivileges=yes LockPersonality=yes RestrictRealtime=yes RestrictSUIDSGID=yes SystemCallArchitectures=native "
+           "MemoryDenyWriteExecute=yes LimitCORE=0 TasksMax=64").split()
+SYSTEM_SANDBOX = (  # the rest needs the system's manager
+    "StateDirectory=scatter StateDirectoryMode=0700 UMask=0077 CapabilityBoundingSet= AmbientCapabilities= ProtectSystem=strict "
+    "ProtectHome=yes PrivateTmp=yes PrivateDevices=yes DevicePolicy=closed ProtectProc=invisible ProcSubset=pid "
+    "ProtectKernelTunables=yes ProtectKernelModules=yes ProtectKernelLogs=yes ProtectControlGroups=yes ProtectClock=yes "
+    "ProtectHostname=yes PrivateUsers=yes RestrictNamespaces=yes RemoveIPC=yes KeyringMode=private SystemCallFilter=@system-service "
+    "SystemCallErrorNumber=EPERM").split() + [
+    f"User={ACCOUNT}", "SystemCallFilter=~@privileged @resources", "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK"]
+TASK = """\
+<?xml version="1.0" encoding="UTF-16"?>
+<Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
+  <RegistrationInfo><Description>scatter: the tunnel from this GPU to its website</Description></RegistrationInfo>
+  <Triggers><{trigger}><Enabled>true</Enabled></{trigger}></Triggers>
+  <Principals><Principal id="Author"><UserId>{user}</UserId><LogonType>{logon}</LogonType></Principal></Principals>
+  <Settings>
+    <MultipleInstancesPolicy>IgnoreNew</MultipleInstancesPolicy>
+    <DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries>
+    <StopIfGoingOnBatteries>false</StopIfGoingOnBatteries>
+    <StartWhenAvailable>true</StartWhenAvailable>
+    <IdleSettings><StopOnIdleEnd>false</StopOnIdleEnd><RestartOnIdle>false</RestartOnIdle></IdleSettings>
+    <Hidden>true</Hidden>
+    <ExecutionTimeLimit>PT0S</ExecutionTimeLimit>
+    <Priority>5</Priority>
+    <RestartOnFailure><Interval>PT1M</Interval><Count>999</Count></RestartOnFailure>
+  </Settings>
+  <Actions Context="Author"><Exec><Command>{python}</Command><Arguments>{arguments}</Arguments></Exec></Actions>
+</Task>
+"""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What makes the tunnel start with this machine: one file, the commands around it, and when it runs, in words."""
+
+    path: Path
+    text: str
+    enable: Sequence[Sequence[str]]
+    disable: Sequence[Sequence[str]]
+    when: str
+
+
+def unit_word(text: str) -> str:
+    """Quote a word for a systemd unit, where %, $ and backslash have meanings."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$") + '"'
+
+
+def service(system: str, admin: bool, python: str, script: Path, home: Path, user: str, user_home: Path) -> Service:
+    """Return the service for linux, darwin or win32; pure, so that each can be tested on any."""
+    when = "when this machine starts" if admin or system == "linux" else "when you log in (installed as administrator: at start)"
+    if system == "win32":
+        task = TASK.format(
+            trigger="BootTrigger" if admin else "LogonTrigger", logon="S4U" if admin else "InteractiveToken", user=escape(user),
+            python=escape(python.replace("python.exe", "pythonw.exe")),  # python.exe would show a console window
+            arguments=escape(subprocess.list2cmdline([str(script), "run", "--log-file", str(home / "tunnel.log")])))
+        name, path = ("/TN", "scatter"), home / "task.xml"
+        return Service(path, task, (("schtasks", "/Create", "/F", *name, "/XML", str(path)), ("schtasks", "/Run", *name)),
+                       (("schtasks", "/End", *name), ("schtasks", "/Delete", "/F", *name)), when)
+    if system == "darwin":
+        path = (Path("/Library/LaunchDaemons") if admin else user_home / "Library/LaunchAgents") / "scatter.tunnel.plist"
+        keys = {"Label": "scatter.tunnel", "RunAtLoad": True, "KeepAlive": True, "ThrottleInterval": 5,
+                "ProgramArguments": [python, str(script), "run", "--log-file", str(home / "tunnel.log")],
+                "EnvironmentVariables": {"SCATTER_HOME": str(home)}}
+        domain = "system" if admin else f"gui/{os.getuid()}"
+        return Service(path, plistlib.dumps(keys).decode(), (("launchctl", "bootstrap", domain, str(path)),),
+                       (("launchctl", "bootout", f"{domain}/scatter.tunnel"),), when)
+    unit = UNIT.format(command=" ".join(unit_word(w) for w in (python, str(script), "run")),
+                       environment=unit_word(f"SCATTER_HOME={home}"), sandbox="\n".join(SANDBOX + SYSTEM_SANDBOX * admin),
+                       target="multi-user.target" if admin else "default.target")
+    path = (Path("/etc/systemd/system") if admin else user_home / ".config/systemd/user") / "scatter-tunnel.service"
+    account = ("useradd", "--system", "--user-group", "--home-dir", str(home), "--shell", "/usr/sbin/nologin", ACCOUNT)
+    systemctl = ("systemctl",) if admin else ("systemctl", "--user")
+    return Service(path, unit, (account if admin else ("loginctl", "enable-linger", user), (*systemctl, "daemon-reload"),
+                                (*systemctl, "enable", path.name), (*systemctl, "restart", "--no-block", path.name)),
+                   ((*systemctl, "disable", "--now", path.name),), when)
+
+
+def this_service(home: Path) -> tuple[Service, Path]:
+    """Return this machine's service, and the stable place of its copy of this script."""
+    if WINDOWS:
+        import ctypes
+        admin = bool(ctypes.windll.shell32.IsUserAnAdmin())  # type: ignore[attr-defined]
+    else:
+        admin = os.geteuid() == 0
+    script = (Path("/usr/local/lib/scatter") if admin and not WINDOWS else home) / "tunnel.py"
+    return service(sys.platform, admin, sys.executable, script, home, getpass.getuser(), Path.home()), script
+
+
+def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool) -> int:
+    """Keep the flags as settings, copy this script to its stable place, start the service; a second run changes nothing."""
+    made, script = this_service(home)
+    given = {f.name: getattr(settings, f.name) for f in fields(Settings) if flags.get(f.name) is not None}
+    files = ((home / "tunnel.json", json.dumps({**read_json(home / "tunnel.json"), **given}, indent=1) + "\n"),
+             (script, Path(__file__).read_text("utf-8")), (made.path, made.text))
+    changed = False
+    for path, text in files:
+        encoding = "utf-16" if path.suffix == ".xml" else "utf-8"  # schtasks believes the first line
+        same = path.exists() and path.read_text(encoding) == text
+        print(f"{path}: {'unchanged' if same else 'would be written' if dry_run else 'written'}")
+        if dry_run and path != script:
+            print(text)
+        elif not same and not dry_run:
+            write_atomically(path, text, encoding, 0o600 if path.parent == home else 0o644)
+        changed = changed or not same
+    public_key(completed(settings, home).identity) if not dry_run else None
+    for command in made.enable if changed else ():
+        print(shlex.join(command))
+        if not dry_run:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode and not (command[0] == "useradd" and done.returncode == 9):  # 9: that account exists
+                raise Fatal(f"{shlex.join(command)}: {done.stderr.strip()[:300]}; mend that and run install again")
+    print(f"the tunnel runs {made.when}; see: tunnel.py status")
+    return 0
+
+
+def uninstall(home: Path, dry_run: bool) -> int:
+    """Stop and remove the service; the folder with key, settings and the copy of the log stays."""
+    made, script = this_service(home)
+    for command in made.disable:
+        print(shlex.join(command))
+        if not dry_run:
+            subprocess.run(command, capture_output=True, check=False)
+    for path in (made.path, script):
+        print(f"remove {path}" if path.exists() else f"{path}: not there")
+        if not dry_run:
+            path.unlink(missing_ok=True)
+    print(f"kept: {home} (key, settings, copy of the log)")
+    return 0
+
+
+# --- check -------------------------------------------------------------------
+
+PROMPT = "Write a short note that thanks a friend for a book."  # what goes through the whole chain
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Return the first version number in a text; (99,) where there is none, so that nothing is warned of."""
+    found = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return tuple(int(n) for n in found.groups() if n) if found else (99,)
+
+
+def hop(name: str, cure: str, ask: Callable[[], Any]) -> Any:
+    """Return what asking returns; raise Fatal with the hop's name and cure where it fails."""
+    try:
+        return ask()
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        raise Fatal(f"{name}: {e}; {cure}") from None
+
+
+def bands_of(answer: tuple[int, Any]) -> str:
+    """Return what a document's TASK says; raise ValueError where it is none."""
+    code, document = answer
+    need(code == 200, f"it answers {code} {str(document)[:300]}")
+    return f"{len(document['sinc']['fragments'])} bands; TASK: {document['sinc']['fragments'][5]['x'][:60]}"
+
+
+def home_hops(s: Settings) -> Iterator[str]:
+    """Ask what is on this machine, in the order in which it breaks; yield what was seen, raise Fatal for the first failure."""
+    late = " (Ollama starts when you log in, the tunnel may start before)" if WINDOWS else ""
+    kind, installed, loaded = hop("model server", "start it" + late, lambda: models(s.target))
+    version = str((ask_once(s.target, "/api/version")[1] or {}).get("version")) if kind == "ollama" else ""
+    old = kind == "ollama" and version_of(version) < (0, 34, 2)
+    yield f"model server: {kind} {version} at {s.target}" + ("; warning: upgrade, below 0.34.2 it has known holes" if old else "")
+    model, note = chosen_model(s.model, installed, loaded)
+    if note:
+        raise Fatal(f"model: {note}")
+    yield f"model: {model}"
+    body: dict[str, Any] = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
+    if kind == "ollama":
+        body = {"model": model, "prompt": "Hi", "stream": False, "options": {"num_predict": 1, "num_ctx": s.context}}
+    path, began = "/api/generate" if kind == "ollama" else "/v1/chat/completions", time.monotonic()
+    code, answer = hop("warm", "see the model server's log", lambda: ask_once(s.target, path, body, 120.0))
+    if code != 200:
+        raise Fatal(f"warm: it answers {code} {str(answer)[:200]}; see the model server's log")
+    yield f"warm: one token in {time.monotonic() - began:.1f} s"
+    said = hop("ssh client", "install OpenSSH", lambda: subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=False).stderr)
+    yield f"ssh client: {said.strip()}" + ("; warning: upgrade, below 8.4 it can miss a dead link" if version_of(said) < (8, 4) else "")
+    yield f"key: {s.identity}; to authorise: {' '.join(public_key(s.identity))} {s.name}"
+
+
+def link_hops(s: Settings, home: Path) -> Iterator[str]:
+    """Ask the way to the VPS and through it."""
+    host = s.destination.rpartition("@")[2]
+    address = hop("name", f"check {host} and this machine's name server", lambda: socket.getaddrinfo(host, s.ssh_port)[0][4][0])
+    yield f"name: {host} is {address}"
+    with hop("TCP", f"see that the VPS is up, its sshd listens on {s.ssh_port}, and no firewall is between",
+             lambda: socket.create_connection((address, s.ssh_port), 5.0)) as tcp:
+        banner = hop("TCP", "see what listens there; it is no sshd", lambda: need(tcp.recv(256), "no banner")).decode("ascii", "replace")
+    holds = (9, 2) <= version_of(banner.rpartition("_")[2]) < (10, 6) and ":" in s.remote
+    yield f"TCP: {banner.split(chr(13))[0]}" + ("; warning: it holds a dead link's port while visitors come" if holds else "")
+    state, deadline = {}, time.monotonic() + 15.0  # seconds; a dial has 5 to connect, and is tried again
+    while not state.get("up_since"):
+        state = read_json(home / "state.json")
+        error = state.get("last_error") or {"kind": "dropped"}
+        if time.monotonic() > deadline or error["kind"] not in ("dropped", "ended"):
+            raise Fatal("host key, login, forward: {}; {}".format(error.get("seen", "no link in 15 s"), error.get("cure", "see the log")))
+        time.sleep(0.1)
+    yield f"host key, login, forward: up since {clock_time(state['up_since'])}, {s.remote} is ours"
+    cure, deadline = f"see on the VPS: systemctl status scatter-proxy; and that PermitOpen allows {s.front}", time.monotonic() + 10.0
+    while True:  # the proxy looks every 2 s, and warms the model
+        code, health = hop("front door", cure, lambda: ask_once(state["front"], "/health", timeout=5.0))
+        if code == 200 and not backend_is_down(health, s.remote):
+            break
+        if time.monotonic() > deadline:
+            raise Fatal(f"front door: it answers {code} {str(health)[:300]}; {cure}")
+        time.sleep(0.5)
+    yield f"front door: {s.front} on the VPS says {health.get('status')}"
+    answer = hop("document", cure, lambda: bands_of(ask_once(state["front"], "/scatter", {"prompt": PROMPT}, 320.0)))
+    yield f"a document through the tunnel: {answer}"
+
+
+def url_hops(url: str) -> Iterator[str]:
+    """Ask the website from outside."""
+    at = urlsplit(url)
+    host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
+    yield f"DNS: {host} is " + hop("DNS", f"make a record for {host}", lambda: str(socket.getaddrinfo(host, port)[0][4][0]))
+    if at.scheme == "https":
+        def handshake() -> str:
+            with socket.create_connection((host, port), 5.0) as raw:
+                with ssl.create_default_context().wrap_socket(raw, server_hostname=host) as s:
+                    return f"{s.version()}, certificate until {(s.getpeercert() or {}).get('notAfter')}"
+        yield "TLS: " + hop("TLS", f"on the VPS: certbot --nginx -d {host}", handshake)
+    else:
+        yield f"TLS: none, prompts travel in the clear; next: certbot --nginx -d {host}"
+
+    def call(path: str, body: Any = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url.rstrip("/") + "/api/ai-transform" + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=320.0) as answer:
+            return answer.status, json.loads(answer.read(1 << 20))
+    cure = "see on the VPS: nginx -t, and /var/log/nginx/error.log"
+    yield f"nginx: {hop('nginx', cure, lambda: call('/health'))[1].get('status')}"
+    yield f"a document from outside: {hop('document from outside', cure, lambda: bands_of(call('', {'prompt': PROMPT})))}"
+
+
+def check(home: Path, settings: Settings, url: str) -> int:
+    """Ask each hop in turn; the first that fails says what was seen and what mends it. Return 0 or 1."""
+    beside: subprocess.Popen[bytes] | None = None
+    try:
+        for line in home_hops(settings):
+            print("ok    " + line, flush=True)
+        if not is_running(home):  # hold one as long as we ask
+            write_atomically(home / "state.json", "{}")
+            flags = [w for f in fields(Settings)[1:] if f.name != "log_file" and getattr(settings, f.name) != f.default
+                     for w in ("--" + f.name.replace("_", "-"), str(getattr(settings, f.name)))]
+            beside = subprocess.Popen([sys.executable, __file__, "run", settings.destination, *flags], stderr=subprocess.DEVNULL)
+        for line in (*link_hops(settings, home), *(url_hops(url) if url else ())):
+            print("ok    " + line, flush=True)
+    except Fatal as e:
+        print(f"FAIL  {e}")
+        return 1
+    finally:
+        if beside:
+            beside.terminate()
+            beside.wait()
+    return 0
+
+
+# --- status ------------------------------------------------------------------
+
+def lock(home: Path) -> Any:
+    """Return the open lock of the one tunnel that may run from this folder; None while another process holds it."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    held = (home / "lock").open("a")
+    try:
+        if WINDOWS:
+            import msvcrt
+            msvcrt.locking(held.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.close()
+        return None
+    return held
+
+
+def is_running(home: Path) -> bool:
+    """Return whether a tunnel runs from this folder."""
+    held = lock(home)
+    if held:
+        held.close()
+    return held is None
+
+
+def clock_time(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def status(home: Path, as_json: bool) -> int:
+    """Print what the running tunnel last wrote; return 0 if it is up, else 1."""
+    state = {**read_json(home / "state.json"), "running": is_running(home), "paused_until": paused_until(home)}
+    if not state["running"]:
+        state.update(up_since=None, front=None)
+    state["up"] = bool(state.get("up_since"))
+    print(json.dumps(state, indent=1) if as_json else "\n".join(status_lines(state)))
+    return 0 if state["up"] else 1
+
+
+def status_lines(state: dict[str, Any]) -> list[str]:
+    """Return the state as lines for a person."""
+    if "dials" not in state:
+        return ["no tunnel has run from here yet; start one: tunnel.py run USER@VPS, or tunnel.py install"]
+    since = f", since {clock_time(state['up_since'])}" if state["up"] else ""
+    word = "up" if state["up"] else "down" if state["running"] else "not running"
+    lines = [f"{word}: {state['name']} serves at {state['remote']} of {state['destination']}{since}"]
+    if state["last_error"]:
+        lines.append("last error, {}: {seen}; {cure}".format(clock_time(state["last_error"]["at"]), **state["last_error"]))
+    trip = f"{state['round_trip'] * 1000:.0f} ms" if state["round_trip"] else "not measured"
+    lines.append(f"redials {state['redials']}, round trip {trip}, requests {state['requests']}, refused {state['refused']}, "
+                 f"bytes {state['bytes']}")
+    lines.append(f"model {state['model']}, {state['model_server'] or 'no model server answers'}"
+                 + (f"; {state['model_note']}" if state["model_note"] else ""))
+    if state["paused_until"]:
+        until = state["paused_until"]
+        lines.append("paused until " + ("`tunnel.py resume`" if until == float("inf") else clock_time(until)))
+    if state["mirror"]:
+        lines.append("the VPS's log is in {file}, {position} bytes".format(**state["mirror"]))
+    return lines
 
 
 # --- command line ------------------------------------------------------------
 
+COMMANDS = {
+    "run": "hold the tunnel", "install": "start it with this machine", "uninstall": "no longer start it",
+    "check": "ask each hop in turn; say the first that fails", "status": "say whether it is up",
+    "pause": "give the GPU back: unload the model, tell callers `paused`", "resume": "end the pause",
+    "key": "make the key if there is none; print the line that the VPS must authorise",
+}
+
+
 def run(settings: Settings, home: Path) -> int:
     """Hold the tunnel until SIGTERM, SIGINT or a fault."""
-    import signal
+    held = lock(home)
+    if not held:
+        raise Fatal(f"a tunnel runs from {home} already; stop it, or set SCATTER_HOME to another folder")
+    if WINDOWS:
+        enter_job()
 
     async def hold() -> int:
-        tunnel = Tunnel(settings, home)
-        loop = asyncio.get_running_loop()
+        tunnel, loop = Tunnel(settings, home), asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(tunnel.stopping.set))
         return await tunnel.run()
-    return asyncio.run(hold())
+    with held:
+        return asyncio.run(hold())
 
 
-def status(home: Path, as_json: bool) -> int:
-    state = read_json(home / "state.json") or {}
-    print(json.dumps(state, indent=1))
-    return 0 if state.get("up_since") else 1
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--version", action="version", version=f"tunnel {VERSION}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        if name == "pause":
+            sub.add_argument("duration", nargs="?", default="", help="90s, 30m, 2h, 1d; default: until resume")
+        if name == "status":
+            sub.add_argument("--json", action="store_true", help="print the whole state")
+        if name in ("install", "uninstall"):
+            sub.add_argument("--dry-run", action="store_true", help="print each file and command, change nothing")
+        if name == "check":
+            sub.add_argument("--url", default="", help="the website's address: go on to a document from outside")
+        if name in ("run", "install", "check"):
+            sub.add_argument("destination", nargs="?", help=fields(Settings)[0].metadata["help"])
+        for f in fields(Settings)[1:] if name in ("run", "install", "check", "key", "pause") else ():
+            default = f" (default: {f.default})" if f.default else ""
+            sub.add_argument("--" + f.name.replace("_", "-"), metavar="X", help=f.metadata["help"] + default)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--version", action="version", version=f"tunnel {VERSION}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in ("run", "key", "status"):
-        sub = commands.add_parser(command)
-        if command == "run":
-            sub.add_argument("destination", nargs="?")
-        if command == "status":
-            sub.add_argument("--json", action="store_true")
-        else:
-            for f in fields(Settings)[1:]:
-                sub.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"])
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    home = home_folder()
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    args, home = parser().parse_args(argv), home_folder()
     try:
-        if args.command == "status":
-            return status(home, args.json)
-        settings = completed(parse_settings(home, vars(args)), home)
+        if args.command in ("status", "resume", "uninstall"):
+            return status(home, args.json) if args.command == "status" else resume(home) if args.command == "resume" else \
+                uninstall(home, args.dry_run)
+        settings = parse_settings(home, vars(args))
+        if args.command == "pause":
+            return pause(home, settings, args.duration)
+        if args.command != "key" and not settings.destination:
+            raise BadSetting(f"{args.command}: no VPS given; say tunnel.py {args.command} USER@VPS")
+        if args.command == "install":
+            return install(home, settings, vars(args), args.dry_run)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        settings = completed(settings, home)
         if args.command == "key":
-            print(*public_key(Path(settings.identity)), settings.name)
+            print(*public_key(settings.identity), settings.name)
             return 0
-        if not settings.destination:
-            raise BadSetting("run: no VPS given; say tunnel.py run USER@VPS")
+        if args.command == "check":
+            return check(home, settings, args.url)
+        to = logging.handlers.RotatingFileHandler(settings.log_file, maxBytes=1 << 20, backupCount=1) if settings.log_file else None
+        stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has its own
+        logging.basicConfig(level=logging.INFO, format=stamp + "%(message)s", handlers=[to or logging.StreamHandler()])
         return run(settings, home)
     except Fatal as e:
         print(f"error: {e}", file=sys.stderr)
