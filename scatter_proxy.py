@@ -42,12 +42,12 @@ import os
 import re
 import resource
 import socket
-import stat
 import sys
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from typing import Any, NamedTuple
 
 try:
@@ -67,6 +67,7 @@ try:
 except ImportError as exc:
     sys.exit(f"error: {exc.name} is not installed: python3 -m pip install httpx starlette uvicorn")
 
+sys.modules.setdefault("sniffio", None)  # httpcore tries to import it at each request: 0.3 ms where it is not there
 VERSION = "1.0.0"
 log = logging.getLogger("scatter")
 
@@ -111,11 +112,11 @@ class Settings:
     host: str = option("127.0.0.1", "address to listen on; nginx is what faces the internet")
     port: int = option(8461, "port to listen on; 0 takes a free one", 0, 65535)
     backend: tuple[str, ...] = option(
-        ("http://127.0.0.1:11434",), "model server's http://HOST:PORT, or none; repeatable", r"none|http://[\w.-]+(:\d{1,5})?"
+        ("http://127.0.0.1:11434",), "a http://HOST:PORT, or none; repeatable", r"none|http://[\w.-]+(:\d{1,5})?"
     )
     backend_dir: str = option("/run/scatter/backends", "folder where each NAME.sock is a workstation's tunnel")
-    model: str = option("sinc-scatter", "model to ask for; the guard at home puts the real name in its place", r".*\S.*")
-    prompting: str = option("schema", "schema: any instruct model; native: one tuned to write documents", "schema|native")
+    model: str = option("sinc-scatter", "model to ask for; the guard at home puts the real name there", r".*\S.*")
+    prompting: str = option("schema", "schema: any instruct model; native: one tuned to the format", "schema|native")
     slots: int = option(0, "generations at once per backend; 0 asks it: llama.cpp says, Ollama 1, others 16", 0, 256)
     temperature: float = option(0.3, "lower is steadier", 0, 2)
     seed: int = option(42, "seed of the first try; a second try takes the next", 0, 2**31 - 2)
@@ -132,7 +133,7 @@ class Settings:
 
 def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Read the settings: a flag wins over its variable, which wins over the default. Raises BadSetting."""
-    parser = argparse.ArgumentParser(prog="scatter_proxy.py", description="Serve; or stats [LOG …]: see the head of the file.")
+    parser = argparse.ArgumentParser(prog="scatter_proxy.py", description="Serve, or: scatter_proxy.py stats [LOG …]")
     parser.add_argument("--version", action="version", version=f"scatter_proxy {VERSION}")
     for f in fields(Settings):
         text = f"{f.metadata['help']} (SCATTER_{f.name.upper()}; default: {f.default!r})"
@@ -1071,49 +1072,31 @@ def as_refusal(failure: BaseException, backend: Backend) -> Refusal:
 # --- log and stats ------------------------------------------------------------
 
 
-class LogFile:
-    """The JSONL log: one write a line, so that a kill leaves whole lines; rotated by size.
+class LogFile(RotatingFileHandler, WatchedFileHandler):
+    """The JSONL log: one write a line, so that a kill leaves whole lines; rotated by size; begun anew if moved away.
 
-    Nothing that happens to the file fails a request. Where the disk is full a line is lost, and counted; what half a
-    line may be there is ended before the next; where the file was moved away another is begun.
+    Nothing that happens to the file fails a request: a line that cannot be written is lost, and counted.
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.lost, self._torn = path, 0, False
-        self._open()  # now, so that a path that cannot work is told at the start
-
-    def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        super().__init__(path, maxBytes=LOG_LIMIT, backupCount=LOG_KEPT, encoding="ascii")
+        self._statstream()  # from here on WatchedFileHandler knows which file we hold
+        self.lost = 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
-        line = b"\n" * self._torn + json.dumps(record).encode() + b"\n"  # ASCII: no text in it can break a line
+        line = logging.makeLogRecord({"msg": json.dumps(record)})  # ASCII: no text in it can break a line
         try:
-            self._rotate(len(line))
-            written = os.write(self._fd, line)
-        except OSError as exc:
-            written = 0
-            if not self.lost:
-                log.error("log %s: %s; requests are served all the same", self.path, exc.strerror)
-        if written < len(line):
-            self.lost += 1
-            self._torn = self._torn or written > 0
-        else:
-            self._torn = False
+            self.reopenIfNeeded()
+            self.emit(line)
+        except OSError:
+            self.handleError(line)
 
-    def _rotate(self, more: int) -> None:
-        """Open anew where the path is no longer the file we hold; move a full file to .1, .1 to .2, and so on."""
-        mine = os.fstat(self._fd)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(mine, os.stat(self.path)) and not (stat.S_ISREG(mine.st_mode) and mine.st_size + more > LOG_LIMIT):
-                return
-            if mine.st_size + more > LOG_LIMIT:
-                for n in range(LOG_KEPT - 1, -1, -1):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.replace(f"{self.path}.{n}" if n else self.path, f"{self.path}.{n + 1}")
-        os.close(self._fd)
-        self._open()
-        self._torn = False
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Count a lost line; say so once."""
+        self.lost += 1
+        if self.lost == 1:
+            log.exception("log %s cannot be written; requests are served all the same", self.baseFilename)
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float | None]:
