@@ -26,6 +26,7 @@ import contextlib
 import getpass
 import hashlib
 import http.client
+import itertools
 import json
 import logging
 import logging.handlers
@@ -617,7 +618,7 @@ class Line(http.client.HTTPConnection):
 
     def __init__(self, at: str, timeout: float = 2.0) -> None:
         super().__init__("localhost", timeout=timeout)
-        self.at = at
+        self.at, self.took = at, 0.0  # took: seconds from the last question to its answer's head
 
     def connect(self) -> None:
         if self.at.startswith("/"):
@@ -632,9 +633,11 @@ class Line(http.client.HTTPConnection):
         """Return status, ETag and body (to 8 MiB) of the answer; raise OSError where none came. start: a Range's first byte."""
         headers = {} if start is None else {"Range": f"bytes={start}-"}
         content = None if body is None else json.dumps(body).encode()
+        began = time.monotonic()
         try:
             self.request("GET" if body is None else "POST", path, content, {"Content-Type": "application/json", **headers})
             answer = self.getresponse()
+            self.took = time.monotonic() - began  # before the body, which an sshd before 10.1 may hold back 40 ms
             return answer.status, answer.headers.get("ETag", ""), answer.read(8 << 20)
         except (OSError, http.client.HTTPException) as e:
             self.close()
@@ -664,7 +667,7 @@ def probe(line: Line) -> tuple[bool, Any, float | None]:
             if time.monotonic() - began >= line.timeout * 0.95:
                 return False, None, None
             continue
-        seconds = time.monotonic() - began if kept else None
+        seconds = line.took if kept else None
         with contextlib.suppress(ValueError):
             return True, json.loads(text), seconds
     return True, None, None
@@ -869,7 +872,8 @@ class Tunnel:
             hurry.cancel()
             self.state.update(up_since=None, front=None)
             with contextlib.suppress(ProcessLookupError):
-                ssh.stdin.close() if ssh.stdin else ssh.terminate()
+                if not listening.done():  # else ssh has ended, and asyncio is collecting its status
+                    ssh.stdin.close() if ssh.stdin else ssh.terminate()
                 if not (await asyncio.wait([listening], timeout=2.0))[0]:  # seconds; ssh ends within milliseconds
                     ssh.kill()
             await listening
@@ -1027,6 +1031,7 @@ def mirror(front: str, home: Path, copy: Path) -> int:
     with contextlib.closing(Line(front, 10.0)) as line, open(copy, "ab") as f:
         if place.get("file") != str(copy):
             place = {"file": str(copy), "etag": "", "offset": 0, "length": f.tell()}
+            write_atomically(home / "mirror.json", json.dumps(place))  # before the first byte, or a kill would leave it uncounted
         f.truncate(min(f.tell(), place["length"]))
         while True:
             place, new = mirror_step(line, place)
@@ -1041,6 +1046,9 @@ def mirror(front: str, home: Path, copy: Path) -> int:
 
 # --- pause -------------------------------------------------------------------
 
+FOR_EVER = 253402300799.0  # epoch s; the end of the year 9999, because JSON has no infinity
+
+
 def seconds_of(text: str) -> float:
     """Return the seconds that 90s, 30m, 2h or 1d mean; raise BadSetting."""
     found = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text)
@@ -1050,9 +1058,9 @@ def seconds_of(text: str) -> float:
 
 
 def paused_until(home: Path) -> float | None:
-    """Return when the pause ends (epoch s; 0.0 < t; infinity: at resume), or None where there is no pause."""
+    """Return when the pause ends (epoch s; FOR_EVER: at resume), or None where there is no pause."""
     pause = read_json(home / "pause.json")
-    until = pause.get("until") or float("inf")
+    until = pause.get("until") or FOR_EVER
     return until if pause and time.time() < until else None
 
 
@@ -1358,7 +1366,7 @@ def check(home: Path, settings: Settings, url: str) -> int:
             flags = [w for f in fields(Settings)[1:] if f.name != "log_file" and getattr(settings, f.name) != f.default
                      for w in ("--" + f.name.replace("_", "-"), str(getattr(settings, f.name)))]
             beside = subprocess.Popen([sys.executable, __file__, "run", settings.destination, *flags], stderr=subprocess.DEVNULL)
-        for line in (*link_hops(settings, home), *(url_hops(url) if url else ())):
+        for line in itertools.chain(link_hops(settings, home), url_hops(url) if url else ()):
             print("ok    " + line, flush=True)
     except Fatal as e:
         print(f"FAIL  {e}")
@@ -1427,7 +1435,7 @@ def status_lines(state: dict[str, Any]) -> list[str]:
                  + (f"; {state['model_note']}" if state["model_note"] else ""))
     if state["paused_until"]:
         until = state["paused_until"]
-        lines.append("paused until " + ("`tunnel.py resume`" if until == float("inf") else clock_time(until)))
+        lines.append("paused until " + ("`tunnel.py resume`" if until == FOR_EVER else clock_time(until)))
     if state["mirror"]:
         lines.append("the VPS's log is in {file}, {position} bytes".format(**state["mirror"]))
     return lines
