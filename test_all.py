@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -966,3 +967,12 @@ def test_python_is_clean() -> None:
     result = subprocess.run([*ruff, "--extend-select", "E501", *files], cwd=HERE, capture_output=True, text=True)
 
     assert result.returncode == 0, result.stdout
+
+
+def test_readme_names_each_setting_with_its_default() -> None:
+    text = (HERE / "README.md").read_text()
+
+    for setting in fields(sp.Settings):
+        default = " ".join(setting.default) if isinstance(setting.default, tuple) else str(setting.default)
+        shown = f"`{default}`" if default else ""
+        assert f"| `--{setting.name.replace('_', '-')}` | {shown} | {setting.metadata['help']} |" in text
