@@ -570,6 +570,16 @@ def test_head_decides_who_may_call(front: Proxy, headers: dict[str, str], code: 
     assert answer.status_code == 200 if code is None else code_of(answer) == code
 
 
+def test_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    monkeypatch.setattr(sp, "BODY_SECONDS", 0.1)
+    with pytest.raises(sp.Refusal, match="slow_body"):
+        asyncio.run(sp.read_body(receive))
+
+
 def test_what_is_not_there_is_told_in_our_words(front: Proxy) -> None:
     assert code_of(front.http.get("/nothing")) == "not_found"
     assert code_of(front.http.get("/api/ai-transform")) == "bad_method"
@@ -714,9 +724,11 @@ def test_missing_model_and_silence_have_their_words(tmp_path: Path) -> None:
         with proxy(tmp_path, "--backend", fake.url) as server:
             wait_for(lambda: server.health()["reason"] == "model_missing", 5)
             fake.missing = False
-            server.up()
-            fake.silent = True
-            wait_for(lambda: server.health()["reason"] == "silent_link", 7, "noticed within 7 s")
+            with server.up().stream("in flight !hang") as events:
+                assert [next(events)[0] for _ in range(4)] == ["started", "delta", "delta", "delta"]
+                fake.silent, cut = True, time.monotonic()  # as a link that is cut: all is accepted, nothing answered
+                assert [data["error"]["code"] for name, data in events if name == "error"] == ["backend_failed"]
+            assert time.monotonic() - cut < 7 and server.health()["reason"] == "silent_link"
 
 
 def test_socket_joins_and_a_new_one_takes_over(tmp_path: Path) -> None:
@@ -836,6 +848,18 @@ def test_reader_that_leaves_a_joined_job_leaves_it_running(tmp_path: Path) -> No
             other = pool.submit(server.post, "both !pace=0.02")
             wait_for(lambda: "joined" in server.http.get("/stats").text and server.health()["queue"]["running"], 2)
         assert other.result(10).status_code == 200 and not fake.left
+
+
+@pytest.mark.parametrize(
+    ("spoke", "silent", "running", "late"),
+    [(False, 119, 119, False), (False, 121, 121, True), (True, 29, 99, False), (True, 31, 99, True), (True, 1, 301, True)],
+)
+def test_generation_has_its_time_limits(spoke: bool, silent: float, running: float, late: bool) -> None:
+    job = sp.Job("x")
+    job.started_at, job.heard_at = 1000 - running, 1000 - silent
+    job.metrics["ttft"] = 0.1 if spoke else None
+
+    assert job.is_late(1000) is late
 
 
 def test_stop_when_idle_is_quick_and_clean(fake: Fake, tmp_path: Path) -> None:
