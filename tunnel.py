@@ -4,15 +4,14 @@
 The life of a tunnel: settings are read, the guard listens on a loopback port, ssh dials the VPS and lets it reach the
 guard and nothing else; the link is watched, and dialled again whenever it ends. `tunnel.py --help` lists the commands.
 
-Words: the *tunnel* is the ssh link; the *guard* is the filter in front of the model server; a *probe* is a question
-that proves life; a *backend* is this machine as the VPS sees it; a *client* is who calls.
+Words: the *tunnel* is the ssh link; the *guard* filters what reaches the model server; a *probe* is a question that
+proves life; a *backend* is this machine as the VPS sees it; a *client* is who calls.
 
-Everything lives in one folder, SCATTER_HOME; by default ~/.config/scatter (Linux, below XDG_CONFIG_HOME if set),
-/var/lib/scatter (Linux, root), ~/Library/Application Support/scatter (macOS), %LOCALAPPDATA%\\scatter (Windows).
+All lives in one folder, SCATTER_HOME: ~/.config/scatter (Linux, below XDG_CONFIG_HOME if set), /var/lib/scatter (Linux,
+root), ~/Library/Application Support/scatter (macOS), %LOCALAPPDATA%\\scatter (Windows).
 
-No ssh outlives this program. SIGTERM and Ctrl-C end it in order. If we are killed outright: on Linux the kernel ends
-ssh (PR_SET_PDEATHSIG); on macOS and other Unix a shell between us does when its pipe from us closes; on Windows a job
-does that ends with us (not run by the authors).
+No ssh outlives this program. SIGTERM and Ctrl-C end it in order. If we are killed: on Linux the kernel ends ssh
+(PR_SET_PDEATHSIG); elsewhere a shell between us does, when its pipe from us closes; on Windows a job (never run there).
 
 Needs Python 3.9, its standard library, and the system's ssh (OpenSSH 8.4 or newer).
 """
@@ -37,12 +36,10 @@ import re
 import shlex
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -80,19 +77,19 @@ class Settings:
     """Everything an owner can set. A flag wins over tunnel.json, which wins over the default."""
 
     destination: str = option("", r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9:][\w.:%-]*", "the account on the VPS: USER@HOST")
-    name: str = option("", r"[a-z0-9-]{1,32}", "this workstation's name; default: gpu- and 4 hex digits of the key's hash")
-    model: str = option("", r"[\w.:/@+-]{1,200}", "default: sinc-scatter if installed, else the one loaded, else the only one")
+    name: str = option("", r"[a-z0-9-]{1,32}", "this workstation's name (default: gpu- and 4 hex digits of the key's hash)")
+    model: str = option("", r"[\w.:/@+-]{1,200}", "model to serve (default: sinc-scatter, else the one loaded or installed)")
     target: str = option("127.0.0.1:11434", rf"[\w.-]+:{PORT}", "where the model server listens")
     remote: str = option("", rf"/[\w./-]{{1,100}}|127\.0\.0\.1:{PORT}",
-                         "where the VPS finds us; default: /run/scatter/backends/NAME.sock; or 127.0.0.1:PORT")
+                         "where the VPS finds us: 127.0.0.1:PORT or a path (default: /run/scatter/backends/NAME.sock)")
     front: str = option("127.0.0.1:8461", rf"[\w.-]+:{PORT}", "where the proxy listens on the VPS")
-    identity: str = option("", r".+", "the private key; default: key in SCATTER_HOME")
+    identity: str = option("", r".+", "private key (default: key in SCATTER_HOME)")
     ssh_port: int = option(22, PORT, "port of the VPS's sshd")
     context: int = option(8192, r"\d{2,7}", "longest context a request may ask for, in tokens")
     max_tokens: int = option(4096, r"[1-9]\d{0,6}", "most tokens a request may generate")
     keep_alive: str = option("-1", r"-1|\d+[smh]?", "how long Ollama keeps the model in memory; -1: for ever")
-    mirror: str = option("", r".+", "copy of the VPS's log; default: scatter-api.jsonl in SCATTER_HOME; none: no copy")
-    log_file: str = option("", r".+", "write our log here, rotated at 1 MiB; default: standard error")
+    mirror: str = option("", r".+", "copy of the VPS's log, or none (default: scatter-api.jsonl in SCATTER_HOME)")
+    log_file: str = option("", r".+", "where we log, rotated at 1 MiB (default: standard error)")
 
 
 def home_folder() -> Path:
@@ -157,7 +154,7 @@ def public_key(identity: str) -> list[str]:
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "scatter", "-f", identity]
         made = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if made.returncode:
-            raise Fatal(f"ssh-keygen could not make {identity}: {made.stderr.strip()[:200]}; see that its folder can be written")
+            raise Fatal(f"ssh-keygen could not make {identity}: {made.stderr.strip()[:200]}; can its folder be written?")
         if WINDOWS:  # ssh.exe refuses a key that others may read, and a new file inherits the folder's rights
             rights = ["/inheritance:r", "/grant:r", getpass.getuser() + ":F", "SYSTEM:F"]
             subprocess.run(["icacls", identity, *rights], capture_output=True, check=False)
@@ -174,14 +171,14 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
 
     -v makes ssh say what judging needs: the VPS's address, sshd's version, that the forward stands, or why it does not.
     """
-    known = (home / "known_hosts", Path.home() / ".ssh/known_hosts")  # pinned by setup; a plain account's own
+    known = (home / "known_hosts", Path.home() / ".ssh/known_hosts")
     options = (
         "BatchMode=yes",  # a question that nobody answers would hang the service for ever
         "IdentitiesOnly=yes",  # an agent's other keys would use up sshd's MaxAuthTries
         "IdentityAgent=none",  # a locked agent asks its owner, and waits
         "PreferredAuthentications=publickey",  # each further method is one more failure that a banning sshd counts
         "StrictHostKeyChecking=yes",  # anyone on the way could be the VPS and read every prompt
-        "UserKnownHostsFile=" + " ".join('"' + p.as_posix().replace("%", "%%") + '"' for p in known),  # spaces would split it
+        "UserKnownHostsFile=" + " ".join('"' + p.as_posix().replace("%", "%%") + '"' for p in known),  # pinned by setup
         "UpdateHostKeys=no",  # a VPS taken over could add keys to the pinned ones
         "ExitOnForwardFailure=yes",  # a link without its forward looks up and serves nobody
         "ConnectTimeout=5",  # seconds; a black hole would hold a dial for two minutes
@@ -197,35 +194,27 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
         "StreamLocalBindUnlink=yes",  # the -L socket that a killed run left would make the next one fail
     )
     return ["ssh", "-F", "none", "-N", "-T", "-v", "-i", settings.identity.replace("%", "%%"), "-p", str(settings.ssh_port),
-            *(word for o in options for word in ("-o", o)), "-R", f"{settings.remote}:127.0.0.1:{guard_port}",
+            *itertools.chain(*(("-o", o) for o in options)), "-R", f"{settings.remote}:127.0.0.1:{guard_port}",
             "-L", f"{front_at}:{settings.front}", "--", settings.destination]
 
 
-def front_address(home: Path) -> str:
-    """Return where ssh shall listen on this machine for probe and mirror: a socket; on Windows a free port."""
-    if WINDOWS:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            return f"127.0.0.1:{s.getsockname()[1]}"
-    path = str(home / "front.sock")
-    if len(path.encode()) <= 100 and re.fullmatch(r"[\w./-]+", path, re.ASCII):  # macOS ends a socket's path at 104 bytes
-        return path
-    folder = Path(tempfile.gettempdir()) / f"scatter-{os.getuid()}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise Fatal(f"{folder}: belongs to another user; set TMPDIR to a folder of your own")
-    return str(folder / "front.sock")
+def front_address(folder: str) -> str:
+    """Return where ssh shall listen here for probe and mirror: a socket in a folder of this run; on Windows a free port."""
+    if not WINDOWS:
+        return folder + "/front.sock"  # not in SCATTER_HOME: a socket's path ends at 104 bytes, and ssh splits at spaces
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return f"127.0.0.1:{s.getsockname()[1]}"
 
 
 # --- judging -----------------------------------------------------------------
 # ssh says 255 for nearly everything, so its words decide; the first row that matches names the failure.
 #
-# What mends itself (network, name server, a restarted sshd, a link that was cut) is tried for ever: at once, then within
-# 0.5, 1, 2, 4, 8 and 15 s, each time a random part of that, so that many tunnels cut by one outage do not come back in
-# the same second. After 30 s up the waits start again from the first.
+# What mends itself (network, name server, a restarted sshd, a cut link) is tried for ever: at once, then within 0.5, 1, 2,
+# 4, 8 and 15 s, each time a random part of that, so that many tunnels cut by one outage do not come back in the same
+# second. After 30 s up the waits start again from the first.
 #
-# What a person must mend (key, host key, account, a forward not allowed) is tried every 60 to 300 s: sshd from 9.8 on
-# and fail2ban shut out an address that fails often. What to do is said once, and in `status` until something changes.
+# What a person must mend (key, host key, account, a forward not allowed) is tried every 60 to 300 s: sshd from 9.8 on and
+# fail2ban shut out an address that fails often. What to do is said once, and in `status` until something changes.
 #
 # A taken port (TCP form) is tried every 2 s: sshd holds the port of a dead link until it notices the death, and logins
 # that succeed are not what gets an address banned.
@@ -248,36 +237,35 @@ class Failure:
 
 FAILURES = (  # kind, pace, pattern in ssh's words, cure
     ("no_ssh", "slow", r"cannot start ssh.*", "install the OpenSSH client, 8.4 or newer"),
-    ("ssh_options", "slow", r"Bad configuration option.*|unknown option.*|Bad .* specification.*",
-     "this ssh is too old, or no OpenSSH; install 8.4 or newer"),
-    ("host_key_changed", "slow", r"REMOTE HOST IDENTIFICATION HAS CHANGED", "if the VPS was rebuilt, replace its line in "
-     "{known_hosts}, or run `tunnel.py setup`; if it was not, somebody else answers in its place"),
-    ("host_key_unknown", "slow", r"No \S+ host key is known for.*|Host key verification failed.*",
-     "run `ssh -p {port} {destination}` once and compare the fingerprint with the VPS's own, or run `tunnel.py setup`"),
-    ("key_file", "slow", r"UNPROTECTED PRIVATE KEY FILE|Load key .*|Identity file .* not accessible.*",
-     "make {identity} readable by its owner alone and whole, or remove it and run `tunnel.py key`"),
-    ("auth", "slow", r"Permission denied \(.*|Too many authentication failures.*|No supported authentication methods.*",
-     "let the VPS authorise the line that `tunnel.py key` prints, for the account of {destination}"),
+    ("ssh_options", "slow", r"Bad configuration option.*|unknown option.*", "this ssh is too old; install OpenSSH 8.4 or newer"),
+    ("host_key_changed", "slow", r"REMOTE HOST IDENTIFICATION HAS CHANGED", (
+        "if the VPS was rebuilt, replace its line in {known_hosts}, or run `tunnel.py setup`; else somebody answers for it")),
+    ("host_key_unknown", "slow", r"No \S+ host key is known for.*|Host key verification failed.*", (
+        "run `ssh -p {port} {destination}` once and compare the fingerprint with the VPS's own, or run `tunnel.py setup`")),
+    ("key_file", "slow", r"UNPROTECTED PRIVATE KEY FILE|Load key .*|Identity file .* not accessible.*", (
+        "make {identity} readable by its owner alone and whole, or remove it and run `tunnel.py key`")),
+    ("auth", "slow", r"Permission denied \(.*|Too many authentication failures.*|No supported authentication methods.*", (
+        "let the VPS authorise the line that `tunnel.py key` prints, for the account of {destination}")),
     ("banned", "slow", r"Not allowed at this time.*|Exceeded MaxStartups.*", "sshd shuts this address out; wait"),
     ("no_agreement", "slow", r"no matching .* found.*", "ssh here and sshd there share no algorithm; upgrade the older"),
-    ("forward_refused", "slow", r"Remote: (?:port forwarding refused|Server has disabled .*)", "let this account listen on "
-     "{remote}: PermitListen, AllowTcpForwarding and AllowStreamLocalForwarding in the VPS's sshd_config"),
-    ("path_taken", "soon", r"remote port forwarding failed for listen path.*", "{remote} cannot be made: its folder is missing "
-     "or not this account's, or an old socket is there and the VPS's sshd lacks `StreamLocalBindUnlink yes`"),
-    ("port_taken", "busy", r"remote port forwarding failed for listen port.*", "the VPS still holds {remote}, most likely for "
-     "our last link; it lets go within 16 s to 16 min, or when that sshd is ended"),
+    ("forward_refused", "slow", r"Remote: (?:port forwarding refused|Server has disabled .*)", (
+        "let the account listen on {remote}: PermitListen, AllowTcpForwarding, AllowStreamLocalForwarding in sshd_config")),
+    ("path_taken", "soon", r"remote port forwarding failed for listen path.*", (
+        "{remote} cannot be made: no such folder, or not the account's, or an old socket and no `StreamLocalBindUnlink yes`")),
+    ("port_taken", "busy", r"remote port forwarding failed for listen port.*", (
+        "the VPS still holds {remote}, likely for our last link; it lets go in 16 s to 16 min, or when that sshd is ended")),
     ("name", "soon", r"Could not resolve hostname.*", "check the name in {destination} and this machine's name server"),
     ("silent", "soon", r"Timeout, server .* not responding.*", "the link went silent and is dialled again; nothing to do"),
-    ("network", "soon", r"(?:connect to|kex_exchange|Connection|client_loop|ssh_dispatch|banner).*(?:refused|timed out|"
-     r"unreachable|No route|closed|[Rr]eset|Broken|aborted).*", "see that the VPS is up and its sshd listens on {port}"),
+    ("network", "soon", r"(?:connect to|kex_exchange|Connection|client_loop|ssh_dispatch|banner).*(?:refused|timed out"
+     r"|unreachable|No route|closed|[Rr]eset|Broken|aborted).*", "see that the VPS is up and its sshd listens on {port}"),
 )
 CHATTER = re.compile(r"(?m)^(?:debug1: )?channel .*\n?")  # else a refused -L would be read as the reason of a later end
 
 
 def judge(status: int, words: str, places: dict[str, Any], asked: str = "") -> Failure:
-    """Return why ssh ended, from its exit status, its words, and our own reason if we ended it.
+    """Return why ssh ended, from its exit status, its words (from the network: cut, cleaned), and our reason if we ended it.
 
-    places fills the cure: destination, port, identity, remote, known_hosts. The words come from the network: cut, cleaned.
+    places fills the cure: destination, port, identity, remote, known_hosts.
     """
     if asked:
         return Failure("ended", asked, "the tunnel is dialled again; nothing to do")
@@ -302,8 +290,7 @@ def next_delay(pace: str, failures: int, chance: Callable[[float, float], float]
 # --- guard -------------------------------------------------------------------
 # The VPS may be taken over, so what arrives here is hostile. One request at a time on a connection; its head is read by a
 # grammar narrower than HTTP's, so that no two readers can differ about where it ends; its body is made anew from the keys
-# below, so that nothing unknown reaches the model server. Of the client's headers none is passed on. Answers pass
-# untouched: the model server is the owner's.
+# below, and of its headers none is passed on. Answers pass untouched: the model server is the owner's.
 
 HEAD_LIMIT = 16 * 1024  # bytes; the proxy's heads are below 300
 BODY_LIMIT = 1024 * 1024  # bytes; a prompt is at most 16,000 characters
@@ -321,9 +308,9 @@ HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):[ \t]*([ -~\t]*)"
 PHRASES = {400: "Bad Request", 403: "Forbidden", 413: "Content Too Large", 431: "Request Header Fields Too Large",
            502: "Bad Gateway", 503: "Service Unavailable"}
 
-# What may stand in a body. str, bool: that type; (low, high): a number in that range; a set: one of these texts; a name: a
-# count, clamped to that limit of the owner; [rule]: a list of them; {key: rule}: an object, other keys dropped; {str: rule}:
-# an object of any keys; else a tuple of alternatives. No $ref (some servers fetch it), no pattern (its grammar can explode).
+# What may stand in a body. str, bool: that type; (low, high): a number in that range; a set: one of these texts; a name:
+# a count, clamped to that limit of the owner; [rule]: a list of them; {key: rule}: an object, other keys dropped; {str:
+# rule}: an object of any keys; (rule, rule): either. No $ref (some servers fetch it), no pattern (its grammar can explode).
 SCHEMA: dict[Any, Any] = {"type": str, "title": str, "description": str, "const": str, "enum": [str], "required": [str]}
 SCHEMA.update(dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum"), (-1e6, 1e6)))
 SCHEMA.update(properties={str: SCHEMA}, items=SCHEMA, additionalProperties=(bool, SCHEMA))
@@ -334,8 +321,8 @@ BODIES: dict[str, dict[str, Any]] = {
         "format": ({"json"}, SCHEMA),
         "options": {"temperature": TEMPERATURE, "seed": SEED, "num_predict": "max_tokens", "num_ctx": "context"}},
     "/v1/chat/completions": {
-        "messages": [{"role": {"system", "user", "assistant"}, "content": str}], "stream": bool, "temperature": TEMPERATURE,
-        "seed": SEED, "max_tokens": "max_tokens", "stream_options": {"include_usage": bool},
+        "messages": [{"role": {"system", "user", "assistant"}, "content": str}], "stream": bool, "seed": SEED,
+        "temperature": TEMPERATURE, "max_tokens": "max_tokens", "stream_options": {"include_usage": bool},
         "response_format": {"type": {"text", "json_object", "json_schema"}, "schema": SCHEMA,
                             "json_schema": {"name": str, "strict": bool, "schema": SCHEMA}},
         "chat_template_kwargs": {"enable_thinking": bool}}}
@@ -423,7 +410,8 @@ def remade_body(path: str, body: bytes, limits: Limits) -> bytes:
     """Return the body that the model server gets, made anew from the keys allowed here; raise Refused."""
     try:
         # an integer of a megabyte takes seconds to read; NaN and the infinities are no JSON
-        asked = json.loads(body.decode(), parse_int=lambda d: int(need(len(d) < 20 and d)), parse_constant=lambda _: need(False))
+        asked = json.loads(body.decode(), parse_int=lambda d: int(need(len(d) < 20 and d)),
+                           parse_constant=lambda _: need(False))
         made = {"model": limits.model, **remade(BODIES[path], asked, limits)}
         if path == "/api/generate":
             made["options"] = {"num_predict": limits.max_tokens, "num_ctx": limits.context, **made.get("options", {})}
@@ -432,7 +420,7 @@ def remade_body(path: str, body: bytes, limits: Limits) -> bytes:
             made.setdefault("max_tokens", limits.max_tokens)
         return json.dumps(made, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # bad UTF-8 and lone surrogates are ValueErrors too
-        raise Refused(400, "bad_request", "the body is no JSON object of known types and ranges, or is nested too deep") from None
+        raise Refused(400, "bad_request", "the body is no JSON, or a type or range does not fit") from None
 
 
 class Connection:
@@ -441,7 +429,7 @@ class Connection:
     def __init__(self, guard: Guard, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.guard, self.reader, self.writer = guard, reader, writer
         self.model: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self.deadline = time.monotonic() + SLOW_REQUEST  # when sweep() drops it
+        self.deadline = time.monotonic() + SLOW_REQUEST  # when the guard drops it
         self.busy = False  # whether the model server works for it
 
     async def serve(self) -> None:
@@ -468,8 +456,17 @@ class Connection:
     async def _one_request(self) -> bool:
         """Read a request, pass it on, pass its answer back; return whether the connection stays."""
         self.deadline = time.monotonic() + IDLE_CONNECTION
-        method, path, body = await self._read_request()
-        self.deadline = time.monotonic() + SLOW_CONNECT
+        first = asyncio.ensure_future(self.reader.readexactly(1))
+        await asyncio.wait([first], timeout=KEPT_CONNECTION if self.model else None)
+        if not first.done():
+            self.drop_model()
+        start = await first
+        self.deadline = time.monotonic() + SLOW_REQUEST
+        try:
+            method, path, length = read_head(start + (await self.reader.readuntil(b"\r\n\r\n"))[:-4])
+        except asyncio.LimitOverrunError:
+            raise Refused(431, "too_long", f"the request's head is over {HEAD_LIMIT} bytes") from None
+        body = await self.reader.readexactly(length)
         watch = asyncio.ensure_future(self.reader.read(1))  # a byte is a second request; the end is a client that left
         await asyncio.sleep(0)  # let it see what is here already
         try:
@@ -477,7 +474,7 @@ class Connection:
                 raise Refused(400, "bad_request", "there is more than one request") if watch.result() else EOFError
             if self.guard.paused():
                 raise Refused(503, "paused", "the owner of this GPU uses it now")
-            body = remade_body(path, body, self.guard.limits()) if method == "POST" else b""
+            body = remade_body(path, body, self.guard.limits()) if body or method == "POST" else b""
             self.guard.requests += method == "POST"
             self.busy = True
             watch.add_done_callback(lambda w: w.cancelled() or self.drop(w.exception()))
@@ -491,33 +488,20 @@ class Connection:
             self.busy = False
             watch.cancel()
 
-    async def _read_request(self) -> tuple[str, str, bytes]:
-        first = asyncio.ensure_future(self.reader.readexactly(1))
-        await asyncio.wait([first], timeout=KEPT_CONNECTION if self.model else None)
-        if not first.done():
-            self.drop_model()
-        start = await first
-        self.deadline = time.monotonic() + SLOW_REQUEST
-        try:
-            head = start + await self.reader.readuntil(b"\r\n\r\n")
-        except asyncio.LimitOverrunError:
-            raise Refused(431, "too_long", f"the request's head is over {HEAD_LIMIT} bytes") from None
-        method, path, length = read_head(head[:-4])
-        return method, path, await self.reader.readexactly(length)
-
     async def _exchange(self, head: str, body: bytes, watch: asyncio.Future[bytes]) -> bool:
         """Send the request in one write, and each part of the answer as it comes; return whether the connection stays."""
         try:
             if not self.model or self.model[0].at_eof():
                 self.drop_model()
+                self.deadline = time.monotonic() + SILENT_ANSWER
                 dial = asyncio.ensure_future(asyncio.open_connection(*self.guard.target))
                 if not (await asyncio.wait([dial], timeout=SLOW_CONNECT))[0]:
                     dial.cancel()
                 self.model = need(dial.done() and dial.result())
                 need(not watch.done())
             model, to_model = self.model
-            content = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
-            to_model.write(f"{head}Accept: */*\r\n{content}\r\n".encode() + body)  # two writes would wait for each other's ACK
+            kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+            to_model.write(f"{head}Accept: */*\r\n{kind}\r\n".encode() + body)  # two writes would wait for each other's ACK
             self.deadline = time.monotonic() + SILENT_ANSWER
             answer = await model.readuntil(b"\r\n\r\n")
             status = need(re.match(rb"HTTP/1\.[01] ([2-5]\d\d)", answer))[1]
@@ -530,30 +514,28 @@ class Connection:
             await self._pass_chunks(answer, model, watch)
         else:
             left = int(length[1]) if length else 0 if status in (b"204", b"304") else float("inf")
-            while left:
-                part = await model.read(int(min(left, 65536)))
-                if not part:
+            while answer or left:
+                part = await model.read(int(min(left, 65536))) if left else b""
+                if left and not part:
                     await self._pass(answer)
                     return False  # the end that the answer was framed by, or one too early: the client must see it
                 left -= len(part)
                 await self._pass(answer + part, None if left else watch)
                 answer = b""
-            if answer:
-                await self._pass(answer, watch)
         if closes:
             self.drop_model()
         return not closes
 
     async def _pass_chunks(self, answer: bytes, model: asyncio.StreamReader, watch: asyncio.Future[bytes]) -> None:
-        """Pass a chunked answer; the last chunk has size 0 and its trailers end with an empty line (RFC 9112, 7.1)."""
+        """Pass a chunked answer; the last chunk has size 0, and its trailers end with an empty line (RFC 9112, 7.1)."""
         await self._pass(answer)
-        while True:
-            line = need(await model.readline())
+        size = 1
+        while size:
+            line = await model.readline()
             size = int(need(re.match(rb"[0-9A-Fa-f]{1,8}(?=[ \t;\r\n])", line))[0], 16)
-            if not size:
-                break
             need(size <= CHUNK_LIMIT)
-            await self._pass(line + await model.readexactly(size + 2))
+            if size:
+                await self._pass(line + await model.readexactly(size + 2))
         end = line
         while line.strip() and len(end) < HEAD_LIMIT:
             line = need(await model.readline())
@@ -592,22 +574,12 @@ class Guard:
 
     async def start(self) -> None:
         """Listen on a free loopback port, the same for every link to come."""
-        self.server = await asyncio.start_server(lambda r, w: Connection(self, r, w).serve(), "127.0.0.1", 0, limit=HEAD_LIMIT)
+        self.server = await asyncio.start_server(lambda r, w: Connection(self, r, w).serve(), "127.0.0.1", limit=HEAD_LIMIT)
         self.port = self.server.sockets[0].getsockname()[1]
 
-    def sweep(self) -> None:
-        """Drop the connections that are past their deadline; called every second."""
-        for c in [c for c in self.connections if time.monotonic() > c.deadline]:
-            c.drop()
-
-    def stop_running(self) -> None:
-        """Break off every generation."""
-        for c in [c for c in self.connections if c.busy]:
-            c.drop()
-
-    def close(self) -> None:
-        self.server.close()
-        for c in list(self.connections):
+    def drop(self, which: Callable[[Connection], bool]) -> None:
+        """Drop the connections of which it is true."""
+        for c in [c for c in self.connections if which(c)]:
             c.drop()
 
 
@@ -701,7 +673,7 @@ def probe_verdict(silent: int, down_for: float, patience: float, model_answers: 
 def models(target: str) -> tuple[str, list[str], list[str]]:
     """Return the model server's kind, the models installed and those loaded; raise OSError where none answers."""
     for kind, path, key, name in (("ollama", "/api/tags", "models", "name"), ("openai", "/v1/models", "data", "id")):
-        code, listed = ask_once(target, path)
+        _, listed = ask_once(target, path)
         with contextlib.suppress(KeyError, TypeError):
             installed = [str(m[name]) for m in listed[key]]
             loaded = [str(m["name"]) for m in ask_once(target, "/api/ps")[1]["models"]] if kind == "ollama" else installed
@@ -733,6 +705,8 @@ MODELS_EVERY = 10.0  # seconds between looks at which models there are
 MIRROR_EVERY = 30.0  # seconds
 COUNTS_EVERY = 5.0  # seconds between writes of a state in which only counters changed
 WORDS_KEPT = 80  # lines of ssh's stderr; a failed dial at -v writes about 60
+LEASH = ('exec 3<&0; "$@" </dev/null 3<&- & ssh=$!; (cat <&3; kill $ssh) >/dev/null 2>&1 & leash=$!; wait $ssh; code=$?; '
+         "kill $leash 2>/dev/null; exit $code")  # a shell that ends ssh when our end of its standard input closes
 
 
 def boot_clock() -> float:
@@ -748,20 +722,16 @@ def notify(text: str) -> None:
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
-            s.connect("\0" + path[1:] if path.startswith("@") else path)
-            s.send(text.encode())
+            s.sendto(text.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
 def local_address(peer: str) -> str:
     """Return the address from which packets to peer would leave; empty where there is no route. Sends nothing."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as s:
+    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as s:
         s.connect((peer, 9))
         return str(s.getsockname()[0])
     return ""
-
-
-LEASH = ('exec 3<&0; "$@" </dev/null 3<&- & ssh=$!; (cat <&3; kill $ssh) >/dev/null 2>&1 & leash=$!; wait $ssh; code=$?; '
-         "kill $leash 2>/dev/null; exit $code")  # a shell that ends ssh when our end of its standard input closes
 
 
 def leashed(command: list[str], platform: str) -> tuple[list[str], dict[str, Any]]:
@@ -795,36 +765,34 @@ class Tunnel:
     """One workstation's tunnel from start to stop; run() owns its tasks and the ssh process."""
 
     def __init__(self, settings: Settings, home: Path, clock: Callable[[], float] = boot_clock) -> None:
-        self.settings, self.home, self.clock = settings, home, clock
-        s = settings
+        self.settings, self.home, self.clock, s = settings, home, clock, settings
         self.guard = Guard(s.target, lambda: Limits(self.state["model"], s.context, s.max_tokens, s.keep_alive),
                            lambda: bool(self.state["paused_until"]))
         self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
         self.reason = ""  # why we end the link, or the wait for the next
         self.peer = self.dialled_from = ""  # addresses of the VPS, and of this machine towards it
         self.up_at: float | None = None  # by the clock; None: down
+        self.round_trip: float | None = None  # seconds
         self.saved: tuple[dict[str, Any], str, float] = ({}, "", 0.0)  # state, text and time of the last write
-        self.places = {"destination": s.destination, "port": s.ssh_port, "identity": s.identity, "remote": s.remote,
-                       "known_hosts": home / "known_hosts"}
-        self.state: dict[str, Any] = {  # what status shows; round_trip and the guard's counters are added when written
+        self.state: dict[str, Any] = {  # what status shows; round trip and the guard's counters are added when written
             "version": VERSION, "pid": os.getpid(), "name": s.name, "destination": s.destination, "remote": s.remote,
             "started_at": time.time(), "up_since": None, "front": None, "sshd": "", "dials": 0, "redials": 0,
             "last_error": None, "model": s.model or PLACEHOLDER_MODEL, "model_server": None, "model_note": "",
             "paused_until": paused_until(home), "mirror": None}
-        self.round_trip: float | None = None  # seconds
 
     async def run(self) -> int:
         """Hold the tunnel until it is told to stop; return the exit status."""
         await self.guard.start()
         await self._look_at_models()
-        loops = [self.stopping.wait(), self._supervise(), self._tick(), self._probe(),
-                 self._every(MODELS_EVERY, self._look_at_models), self._every(MIRROR_EVERY, self._copy_log)]
+        loops = (self.stopping.wait(), self._supervise(), self._probe(), self._ticks(),
+                 self._every(MODELS_EVERY, self._look_at_models), self._every(MIRROR_EVERY, self._copy_log))
         tasks = [asyncio.ensure_future(loop) for loop in loops]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         notify("STOPPING=1")
         for task in tasks:
             task.cancel()
-        self.guard.close()
+        self.guard.server.close()
+        self.guard.drop(lambda c: True)
         await asyncio.gather(*tasks, return_exceptions=True)
         self._save(force=True)
         for task in done:
@@ -843,28 +811,31 @@ class Tunnel:
 
     async def _supervise(self) -> None:
         failures = 0
-        while True:
-            self.hurry.clear()
-            self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
-            failure = await self._dial()
-            held = self.clock() - self.up_at if self.up_at else 0.0
-            failures = 1 if held > STEADY_AFTER else failures + 1
-            self._tell(failure, was_up=held > 0)
-            hurry = asyncio.ensure_future(self.hurry.wait())
-            if not (self.reason and held):  # a link that we ended is dialled again at once
+        with tempfile.TemporaryDirectory(prefix="scatter-") as folder:
+            while True:
                 self.hurry.clear()
+                self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
+                failure = await self._dial(front_address(folder))
+                held = self.clock() - self.up_at if self.up_at else 0.0
+                failures = 1 if held > STEADY_AFTER else failures + 1
+                self._tell(failure, was_up=held > 0)
+                if self.reason and held:  # a link that we ended is dialled again at once
+                    continue
+                self.hurry.clear()
+                hurry = asyncio.ensure_future(self.hurry.wait())
                 await asyncio.wait([hurry], timeout=next_delay(failure.pace, failures))
-            hurry.cancel()
+                hurry.cancel()
 
-    async def _dial(self) -> Failure:
+    async def _dial(self, front: str) -> Failure:
         """Hold one ssh from start to end; return why it ended."""
-        front = front_address(self.home)
-        command, how = leashed(ssh_command(self.settings, self.home, self.guard.port, front), sys.platform)
+        s, words = self.settings, deque([""], maxlen=WORDS_KEPT)
+        places = {"destination": s.destination, "port": s.ssh_port, "identity": s.identity, "remote": s.remote,
+                  "known_hosts": self.home / "known_hosts"}
+        command, how = leashed(ssh_command(s, self.home, self.guard.port, front), sys.platform)
         try:
             ssh = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how)
         except OSError as e:
-            return judge(0, f"cannot start ssh: {e.strerror}", self.places)
-        words: deque[str] = deque(maxlen=WORDS_KEPT)
+            return judge(0, f"cannot start ssh: {e.strerror}", places)
         listening, hurry = (asyncio.ensure_future(t) for t in (self._listen(ssh, words, front), self.hurry.wait()))
         try:
             await asyncio.wait([listening, hurry], return_when=asyncio.FIRST_COMPLETED)
@@ -878,7 +849,7 @@ class Tunnel:
                     ssh.kill()
             await listening
             await ssh.wait()
-        return judge(ssh.returncode or 0, "\n".join(words), self.places, self.reason)
+        return judge(ssh.returncode or 0, "\n".join(words), places, self.reason)
 
     async def _listen(self, ssh: asyncio.subprocess.Process, words: deque[str], front: str) -> None:
         """Read what ssh says until it ends; notice what the rest of us needs to know."""
@@ -914,7 +885,8 @@ class Tunnel:
         self.state["last_error"] = {"at": time.time(), "kind": failure.kind, "seen": failure.seen, "cure": failure.cure}
         notify(f"STATUS=down: {failure.seen}; {failure.cure}")
 
-    async def _tick(self) -> None:
+    async def _ticks(self) -> None:
+        """Notice a sleep, a new address, a pause; drop what is overdue; write the state."""
         last = self.clock()
         while True:
             await asyncio.sleep(TICK)
@@ -929,34 +901,32 @@ class Tunnel:
             if until != self.state["paused_until"]:
                 self.state["paused_until"] = until
                 log.info("paused" if until else "resumed")
-                if until:
-                    self.guard.stop_running()
-            self.guard.sweep()
+                self.guard.drop(lambda c: bool(self.state["paused_until"]) and c.busy)
+            self.guard.drop(lambda c: time.monotonic() > c.deadline)
             self._save()
             notify("WATCHDOG=1")
 
     def _save(self, force: bool = False) -> None:
         """Write the state when it changed; counters alone at most every COUNTS_EVERY."""
         guard, (state, written, at) = self.guard, self.saved
-        text = json.dumps({**self.state, "round_trip": self.round_trip, "requests": guard.requests, "refused": guard.refused,
-                           "bytes": guard.bytes}, indent=1)
+        counts = {"round_trip": self.round_trip, "requests": guard.requests, "refused": guard.refused, "bytes": guard.bytes}
+        text = json.dumps({**self.state, **counts}, indent=1)
         if force or state != self.state or (written != text and self.clock() - at >= COUNTS_EVERY):
             write_atomically(self.home / "state.json", text)
             self.saved = (dict(self.state), text, self.clock())
 
     async def _look_at_models(self) -> None:
         """Choose the model anew if the one chosen is gone, or none was."""
-        now, state = self.state["model"], self.state
+        state, now = self.state, (self.state["model"], self.state["model_note"])
         try:
             kind, installed, loaded = await asyncio.to_thread(models, self.settings.target)
         except OSError:
             state["model_server"] = None
             return
-        if state["model_server"] is None or state["model_note"] or now not in installed:
-            state["model"], note = chosen_model(self.settings.model, installed, loaded)
-            if state["model"] != now or note != state["model_note"]:
-                log.info("model: %s%s", state["model"], f"; {note}" if note else "")
-            state.update(model_note=note)
+        if state["model_server"] is None or now[1] or now[0] not in installed:
+            state["model"], state["model_note"] = new = chosen_model(self.settings.model, installed, loaded)
+            if new != now:
+                log.info("model: %s %s", *new)
         state["model_server"] = kind
 
     async def _probe(self) -> None:
@@ -983,7 +953,8 @@ class Tunnel:
         copy, front = self.settings.mirror, self.state["front"]
         if front and copy != "none":
             with contextlib.suppress(OSError):  # the link went, or the proxy is down: it is tried again
-                self.state["mirror"] = {"file": copy, "position": await asyncio.to_thread(mirror, front, self.home, Path(copy))}
+                length = await asyncio.to_thread(mirror, front, self.home, Path(copy))
+                self.state["mirror"] = {"file": copy, "position": length}
 
 
 # --- mirror ------------------------------------------------------------------
@@ -1031,7 +1002,7 @@ def mirror(front: str, home: Path, copy: Path) -> int:
     with contextlib.closing(Line(front, 10.0)) as line, open(copy, "ab") as f:
         if place.get("file") != str(copy):
             place = {"file": str(copy), "etag": "", "offset": 0, "length": f.tell()}
-            write_atomically(home / "mirror.json", json.dumps(place))  # before the first byte, or a kill would leave it uncounted
+            write_atomically(home / "mirror.json", json.dumps(place))  # first, or a kill would leave bytes uncounted
         f.truncate(min(f.tell(), place["length"]))
         while True:
             place, new = mirror_step(line, place)
@@ -1047,31 +1018,26 @@ def mirror(front: str, home: Path, copy: Path) -> int:
 # --- pause -------------------------------------------------------------------
 
 FOR_EVER = 253402300799.0  # epoch s; the end of the year 9999, because JSON has no infinity
-
-
-def seconds_of(text: str) -> float:
-    """Return the seconds that 90s, 30m, 2h or 1d mean; raise BadSetting."""
-    found = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text)
-    if not found:
-        raise BadSetting(f"pause: {text!r} is no time; write 90s, 30m, 2h or 1d, or nothing to pause until `tunnel.py resume`")
-    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
 def paused_until(home: Path) -> float | None:
     """Return when the pause ends (epoch s; FOR_EVER: at resume), or None where there is no pause."""
-    pause = read_json(home / "pause.json")
-    until = pause.get("until") or FOR_EVER
-    return until if pause and time.time() < until else None
+    until = read_json(home / "pause.json").get("until", 0.0)
+    return until if time.time() < until else None
 
 
 def pause(home: Path, settings: Settings, duration: str) -> int:
     """Tell callers `paused`, end running generations, unload the model."""
-    until = time.time() + seconds_of(duration) if duration else None
-    write_atomically(home / "pause.json", json.dumps({"paused_at": time.time(), "until": until}))
-    print("paused until " + (clock_time(until) if until else "`tunnel.py resume`"))
+    if not re.fullmatch(r"([1-9]\d{0,5}[smhd])?", duration):
+        raise BadSetting(f"pause: {duration!r} is no time; write 90s, 30m, 2h, 1d, or nothing to pause until a resume")
+    until = time.time() + int(duration[:-1]) * UNITS[duration[-1]] if duration else FOR_EVER
+    write_atomically(home / "pause.json", json.dumps({"until": until}))
+    print("paused until " + clock_time(until))
     deadline = time.monotonic() + 10.0  # seconds; the tunnel looks every TICK, Ollama frees the memory after it answered
     while is_running(home) and not read_json(home / "state.json").get("paused_until") and time.monotonic() < deadline:
         time.sleep(0.05)
+    loaded: list[str] = []
     try:
         kind, _, loaded = models(settings.target)
         for name in loaded if kind == "ollama" else ():
@@ -1080,9 +1046,9 @@ def pause(home: Path, settings: Settings, duration: str) -> int:
             time.sleep(0.1)
             loaded = models(settings.target)[2]
     except OSError as e:
-        print(f"no model server answers at {settings.target} ({e}): there is nothing to unload")
-        return 0
-    print(f"{', '.join(loaded)} stays in memory; stop the model server to free the GPU" if loaded else "the GPU's memory is free")
+        print(f"no model server answers at {settings.target} ({e})")
+    kept = f"{', '.join(loaded)} stays in memory; stop the model server to free the GPU"
+    print(kept if loaded else "the GPU's memory is free")
     return 0
 
 
@@ -1120,15 +1086,15 @@ WatchdogSec=30
 [Install]
 WantedBy={target}
 """
-SANDBOX = ("NoNewPrivileges=yes LockPersonality=yes RestrictRealtime=yes RestrictSUIDSGID=yes SystemCallArchitectures=native "
-           "MemoryDenyWriteExecute=yes LimitCORE=0 TasksMax=64").split()
-SYSTEM_SANDBOX = (  # the rest needs the system's manager
-    "StateDirectory=scatter StateDirectoryMode=0700 UMask=0077 CapabilityBoundingSet= AmbientCapabilities= ProtectSystem=strict "
-    "ProtectHome=yes PrivateTmp=yes PrivateDevices=yes DevicePolicy=closed ProtectProc=invisible ProcSubset=pid "
-    "ProtectKernelTunables=yes ProtectKernelModules=yes ProtectKernelLogs=yes ProtectControlGroups=yes ProtectClock=yes "
-    "ProtectHostname=yes PrivateUsers=yes RestrictNamespaces=yes RemoveIPC=yes KeyringMode=private SystemCallFilter=@system-service "
-    "SystemCallErrorNumber=EPERM").split() + [
-    f"User={ACCOUNT}", "SystemCallFilter=~@privileged @resources", "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK"]
+SANDBOX = """NoNewPrivileges=yes LockPersonality=yes RestrictRealtime=yes RestrictSUIDSGID=yes MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native LimitCORE=0 TasksMax=64"""
+SYSTEM_SANDBOX = f"""{SANDBOX} User={ACCOUNT} StateDirectory=scatter StateDirectoryMode=0700 UMask=0077
+CapabilityBoundingSet= AmbientCapabilities= ProtectSystem=strict ProtectHome=yes PrivateTmp=yes PrivateDevices=yes
+DevicePolicy=closed ProtectProc=invisible ProcSubset=pid ProtectKernelTunables=yes ProtectKernelModules=yes
+ProtectKernelLogs=yes ProtectControlGroups=yes ProtectClock=yes ProtectHostname=yes PrivateUsers=yes RemoveIPC=yes
+RestrictNamespaces=yes KeyringMode=private SystemCallErrorNumber=EPERM SystemCallFilter=@system-service
+SystemCallFilter=~@privileged SystemCallFilter=~@resources RestrictAddressFamilies=AF_INET
+RestrictAddressFamilies=AF_INET6 RestrictAddressFamilies=AF_UNIX RestrictAddressFamilies=AF_NETLINK"""
 TASK = """\
 <?xml version="1.0" encoding="UTF-16"?>
 <Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
@@ -1169,25 +1135,24 @@ def unit_word(text: str) -> str:
 
 def service(system: str, admin: bool, python: str, script: Path, home: Path, user: str, user_home: Path) -> Service:
     """Return the service for linux, darwin or win32; pure, so that each can be tested on any."""
-    when = "when this machine starts" if admin or system == "linux" else "when you log in (installed as administrator: at start)"
+    when = "when this machine starts" if admin or system == "linux" else "when you log in (as administrator: at start)"
+    argv = [python, str(script), "run", "--log-file", str(home / "tunnel.log")]
     if system == "win32":
-        task = TASK.format(
-            trigger="BootTrigger" if admin else "LogonTrigger", logon="S4U" if admin else "InteractiveToken", user=escape(user),
-            python=escape(python.replace("python.exe", "pythonw.exe")),  # python.exe would show a console window
-            arguments=escape(subprocess.list2cmdline([str(script), "run", "--log-file", str(home / "tunnel.log")])))
         name, path = ("/TN", "scatter"), home / "task.xml"
+        task = TASK.format(trigger="BootTrigger" if admin else "LogonTrigger", logon="S4U" if admin else "InteractiveToken",
+                           user=escape(user), arguments=escape(subprocess.list2cmdline(argv[1:])),
+                           python=escape(python.replace("python.exe", "pythonw.exe")))  # which opens no window
         return Service(path, task, (("schtasks", "/Create", "/F", *name, "/XML", str(path)), ("schtasks", "/Run", *name)),
                        (("schtasks", "/End", *name), ("schtasks", "/Delete", "/F", *name)), when)
     if system == "darwin":
         path = (Path("/Library/LaunchDaemons") if admin else user_home / "Library/LaunchAgents") / "scatter.tunnel.plist"
         keys = {"Label": "scatter.tunnel", "RunAtLoad": True, "KeepAlive": True, "ThrottleInterval": 5,
-                "ProgramArguments": [python, str(script), "run", "--log-file", str(home / "tunnel.log")],
-                "EnvironmentVariables": {"SCATTER_HOME": str(home)}}
+                "ProgramArguments": argv, "EnvironmentVariables": {"SCATTER_HOME": str(home)}}
         domain = "system" if admin else f"gui/{os.getuid()}"
         return Service(path, plistlib.dumps(keys).decode(), (("launchctl", "bootstrap", domain, str(path)),),
                        (("launchctl", "bootout", f"{domain}/scatter.tunnel"),), when)
-    unit = UNIT.format(command=" ".join(unit_word(w) for w in (python, str(script), "run")),
-                       environment=unit_word(f"SCATTER_HOME={home}"), sandbox="\n".join(SANDBOX + SYSTEM_SANDBOX * admin),
+    unit = UNIT.format(command=" ".join(unit_word(w) for w in argv[:3]), environment=unit_word(f"SCATTER_HOME={home}"),
+                       sandbox="\n".join((SYSTEM_SANDBOX if admin else SANDBOX).split()),
                        target="multi-user.target" if admin else "default.target")
     path = (Path("/etc/systemd/system") if admin else user_home / ".config/systemd/user") / "scatter-tunnel.service"
     account = ("useradd", "--system", "--user-group", "--home-dir", str(home), "--shell", "/usr/sbin/nologin", ACCOUNT)
@@ -1199,17 +1164,19 @@ def service(system: str, admin: bool, python: str, script: Path, home: Path, use
 
 def this_service(home: Path) -> tuple[Service, Path]:
     """Return this machine's service, and the stable place of its copy of this script."""
+    place = home
     if WINDOWS:
         import ctypes
         admin = bool(ctypes.windll.shell32.IsUserAnAdmin())  # type: ignore[attr-defined]
     else:
         admin = os.geteuid() == 0
-    script = (Path("/usr/local/lib/scatter") if admin and not WINDOWS else home) / "tunnel.py"
+        place = Path("/usr/local/lib/scatter") if admin else home
+    script = place / "tunnel.py"
     return service(sys.platform, admin, sys.executable, script, home, getpass.getuser(), Path.home()), script
 
 
 def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool) -> int:
-    """Keep the flags as settings, copy this script to its stable place, start the service; a second run changes nothing."""
+    """Keep the flags as settings, copy this script, start the service; a second run changes nothing."""
     made, script = this_service(home)
     given = {f.name: getattr(settings, f.name) for f in fields(Settings) if flags.get(f.name) is not None}
     files = ((home / "tunnel.json", json.dumps({**read_json(home / "tunnel.json"), **given}, indent=1) + "\n"),
@@ -1218,18 +1185,20 @@ def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool
     for path, text in files:
         encoding = "utf-16" if path.suffix == ".xml" else "utf-8"  # schtasks believes the first line
         same = path.exists() and path.read_text(encoding) == text
+        changed = changed or not same
         print(f"{path}: {'unchanged' if same else 'would be written' if dry_run else 'written'}")
         if dry_run and path != script:
             print(text)
         elif not same and not dry_run:
             write_atomically(path, text, encoding, 0o600 if path.parent == home else 0o644)
-        changed = changed or not same
-    public_key(completed(settings, home).identity) if not dry_run else None
-    for command in made.enable if changed else ():
+    if not dry_run:
+        public_key(completed(settings, home).identity)
+    before = made.disable if sys.platform != "linux" else ()  # launchd and the scheduler do not replace what runs
+    for command in (*before, *made.enable) if changed else ():
         print(shlex.join(command))
         if not dry_run:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode and not (command[0] == "useradd" and done.returncode == 9):  # 9: that account exists
+            if done.returncode and command not in before and (command[0], done.returncode) != ("useradd", 9):  # 9: exists
                 raise Fatal(f"{shlex.join(command)}: {done.stderr.strip()[:300]}; mend that and run install again")
     print(f"the tunnel runs {made.when}; see: tunnel.py status")
     return 0
@@ -1252,7 +1221,8 @@ def uninstall(home: Path, dry_run: bool) -> int:
 
 # --- check -------------------------------------------------------------------
 
-PROMPT = "Write a short note that thanks a friend for a book."  # what goes through the whole chain
+ASK = {"prompt": "Write a short note that thanks a friend for a book."}  # what goes through the whole chain
+SEE_PROXY = "see on the VPS: systemctl status scatter-proxy; and that sshd's PermitOpen allows our -L"
 
 
 def version_of(text: str) -> tuple[int, ...]:
@@ -1265,107 +1235,105 @@ def hop(name: str, cure: str, ask: Callable[[], Any]) -> Any:
     """Return what asking returns; raise Fatal with the hop's name and cure where it fails."""
     try:
         return ask()
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, http.client.HTTPException) as e:
         raise Fatal(f"{name}: {e}; {cure}") from None
 
 
-def bands_of(answer: tuple[int, Any]) -> str:
-    """Return what a document's TASK says; raise ValueError where it is none."""
-    code, document = answer
-    need(code == 200, f"it answers {code} {str(document)[:300]}")
-    return f"{len(document['sinc']['fragments'])} bands; TASK: {document['sinc']['fragments'][5]['x'][:60]}"
+def said_ok(answer: tuple[int, Any]) -> Any:
+    """Return an answer's JSON; raise ValueError if its status is not 200."""
+    need(answer[0] == 200, f"it answers {answer[0]} {str(answer[1])[:300]}")
+    return answer[1]
+
+
+def task_of(answer: tuple[int, Any]) -> str:
+    return str(said_ok(answer)["sinc"]["fragments"][5]["x"])[:60]
 
 
 def home_hops(s: Settings) -> Iterator[str]:
-    """Ask what is on this machine, in the order in which it breaks; yield what was seen, raise Fatal for the first failure."""
-    late = " (Ollama starts when you log in, the tunnel may start before)" if WINDOWS else ""
+    """Ask what is on this machine, in the order in which it breaks; yield what was seen, raise Fatal at the first failure."""
+    late = " (on Windows Ollama starts when you log in, the tunnel before)" if WINDOWS else ""
     kind, installed, loaded = hop("model server", "start it" + late, lambda: models(s.target))
     version = str((ask_once(s.target, "/api/version")[1] or {}).get("version")) if kind == "ollama" else ""
-    old = kind == "ollama" and version_of(version) < (0, 34, 2)
-    yield f"model server: {kind} {version} at {s.target}" + ("; warning: upgrade, below 0.34.2 it has known holes" if old else "")
+    warning = "; warning: below 0.34.2 it has known holes, upgrade" if version_of(version) < (0, 34, 2) else ""
+    yield f"model server: {kind} {version} at {s.target}{warning}"
     model, note = chosen_model(s.model, installed, loaded)
     if note:
         raise Fatal(f"model: {note}")
     yield f"model: {model}"
-    body: dict[str, Any] = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
+    path, body = "/v1/chat/completions", {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
     if kind == "ollama":
-        body = {"model": model, "prompt": "Hi", "stream": False, "options": {"num_predict": 1, "num_ctx": s.context}}
-    path, began = "/api/generate" if kind == "ollama" else "/v1/chat/completions", time.monotonic()
-    code, answer = hop("warm", "see the model server's log", lambda: ask_once(s.target, path, body, 120.0))
-    if code != 200:
-        raise Fatal(f"warm: it answers {code} {str(answer)[:200]}; see the model server's log")
+        options = {"num_predict": 1, "num_ctx": s.context}
+        path, body = "/api/generate", {"model": model, "prompt": "Hi", "stream": False, "options": options}
+    began = time.monotonic()
+    hop("warm", "see the model server's log", lambda: said_ok(ask_once(s.target, path, body, 120.0)))
     yield f"warm: one token in {time.monotonic() - began:.1f} s"
-    said = hop("ssh client", "install OpenSSH", lambda: subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=False).stderr)
-    yield f"ssh client: {said.strip()}" + ("; warning: upgrade, below 8.4 it can miss a dead link" if version_of(said) < (8, 4) else "")
+    version = hop("ssh client", "install OpenSSH", lambda: subprocess.run(
+        ["ssh", "-V"], capture_output=True, text=True, check=False).stderr.strip())
+    warning = "; warning: below 8.4 it can miss a dead link, upgrade" if version_of(version) < (8, 4) else ""
+    yield f"ssh client: {version}{warning}"
     yield f"key: {s.identity}; to authorise: {' '.join(public_key(s.identity))} {s.name}"
 
 
 def link_hops(s: Settings, home: Path) -> Iterator[str]:
-    """Ask the way to the VPS and through it."""
+    """Ask the way to the VPS and through it, over a tunnel that runs."""
     host = s.destination.rpartition("@")[2]
-    address = hop("name", f"check {host} and this machine's name server", lambda: socket.getaddrinfo(host, s.ssh_port)[0][4][0])
+    cure = f"check {host} and this machine's name server"
+    address = hop("name", cure, lambda: socket.getaddrinfo(host, s.ssh_port)[0][4][0])
     yield f"name: {host} is {address}"
-    with hop("TCP", f"see that the VPS is up, its sshd listens on {s.ssh_port}, and no firewall is between",
-             lambda: socket.create_connection((address, s.ssh_port), 5.0)) as tcp:
-        banner = hop("TCP", "see what listens there; it is no sshd", lambda: need(tcp.recv(256), "no banner")).decode("ascii", "replace")
-    holds = (9, 2) <= version_of(banner.rpartition("_")[2]) < (10, 6) and ":" in s.remote
-    yield f"TCP: {banner.split(chr(13))[0]}" + ("; warning: it holds a dead link's port while visitors come" if holds else "")
+    cure = f"see that the VPS is up, its sshd listens on {s.ssh_port}, and no firewall is between"
+    with hop("TCP", cure, lambda: socket.create_connection((address, s.ssh_port), 5.0)) as tcp:
+        banner = hop("TCP", cure, lambda: need(tcp.recv(256), "no banner").split(b"\r")[0].decode())
+    version, warning = version_of(banner.rpartition("_")[2]), ""
+    if (9, 2) <= version < (10, 6) and ":" in s.remote:
+        warning = "; warning: this sshd holds a dead link's port while visitors come, for up to 16 min"
+    yield f"TCP: {banner}{warning}"
     state, deadline = {}, time.monotonic() + 15.0  # seconds; a dial has 5 to connect, and is tried again
     while not state.get("up_since"):
         state = read_json(home / "state.json")
-        error = state.get("last_error") or {"kind": "dropped"}
+        error = state.get("last_error") or {"kind": "dropped", "seen": "no link in 15 s", "cure": "see tunnel.py status"}
         if time.monotonic() > deadline or error["kind"] not in ("dropped", "ended"):
-            raise Fatal("host key, login, forward: {}; {}".format(error.get("seen", "no link in 15 s"), error.get("cure", "see the log")))
+            raise Fatal("host key, login, forward: {seen}; {cure}".format(**error))
         time.sleep(0.1)
     yield f"host key, login, forward: up since {clock_time(state['up_since'])}, {s.remote} is ours"
-    cure, deadline = f"see on the VPS: systemctl status scatter-proxy; and that PermitOpen allows {s.front}", time.monotonic() + 10.0
-    while True:  # the proxy looks every 2 s, and warms the model
-        code, health = hop("front door", cure, lambda: ask_once(state["front"], "/health", timeout=5.0))
-        if code == 200 and not backend_is_down(health, s.remote):
-            break
-        if time.monotonic() > deadline:
-            raise Fatal(f"front door: it answers {code} {str(health)[:300]}; {cure}")
-        time.sleep(0.5)
-    yield f"front door: {s.front} on the VPS says {health.get('status')}"
-    answer = hop("document", cure, lambda: bands_of(ask_once(state["front"], "/scatter", {"prompt": PROMPT}, 320.0)))
-    yield f"a document through the tunnel: {answer}"
+    health, deadline = (0, None), time.monotonic() + 10.0  # seconds; the proxy looks every 2, and warms the model
+    while (health[0] != 200 or backend_is_down(health[1], s.remote)) and time.monotonic() < deadline:
+        time.sleep(0.5 if health[0] else 0)
+        health = hop("front door", SEE_PROXY, lambda: ask_once(state["front"], "/health", timeout=5.0))
+    yield f"front door: {hop('front door', SEE_PROXY, lambda: said_ok(health)['status'])}, {s.front} on the VPS"
+    yield "document: " + hop("document", SEE_PROXY, lambda: task_of(ask_once(state["front"], "/scatter", ASK, 320.0)))
 
 
 def url_hops(url: str) -> Iterator[str]:
     """Ask the website from outside."""
-    at = urlsplit(url)
+    at, nginx = urlsplit(url), "see on the VPS: nginx -t, and /var/log/nginx/error.log"
     host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
-    yield f"DNS: {host} is " + hop("DNS", f"make a record for {host}", lambda: str(socket.getaddrinfo(host, port)[0][4][0]))
-    if at.scheme == "https":
-        def handshake() -> str:
-            with socket.create_connection((host, port), 5.0) as raw:
-                with ssl.create_default_context().wrap_socket(raw, server_hostname=host) as s:
-                    return f"{s.version()}, certificate until {(s.getpeercert() or {}).get('notAfter')}"
-        yield "TLS: " + hop("TLS", f"on the VPS: certbot --nginx -d {host}", handshake)
-    else:
-        yield f"TLS: none, prompts travel in the clear; next: certbot --nginx -d {host}"
+    yield f"DNS: {host} is {hop('DNS', f'make a record for {host}', lambda: socket.getaddrinfo(host, port)[0][4][0])}"
+    kind = http.client.HTTPSConnection if at.scheme == "https" else http.client.HTTPConnection
+    line, certbot = kind(host, port, timeout=320.0), f"on the VPS: certbot --nginx -d {host}"
+    hop("TLS", f"see that nginx listens there; {certbot}", line.connect)
+    yield "TLS: the certificate is good" if at.scheme == "https" else f"TLS: none, prompts travel in the clear; {certbot}"
 
     def call(path: str, body: Any = None) -> tuple[int, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url.rstrip("/") + "/api/ai-transform" + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=320.0) as answer:
-            return answer.status, json.loads(answer.read(1 << 20))
-    cure = "see on the VPS: nginx -t, and /var/log/nginx/error.log"
-    yield f"nginx: {hop('nginx', cure, lambda: call('/health'))[1].get('status')}"
-    yield f"a document from outside: {hop('document from outside', cure, lambda: bands_of(call('', {'prompt': PROMPT})))}"
+        line.request("POST" if body else "GET", at.path.rstrip("/") + "/api/ai-transform" + path,
+                     json.dumps(body) if body else None, {"Content-Type": "application/json"})
+        answer = line.getresponse()
+        return answer.status, json.loads(answer.read(1 << 20))
+    yield f"nginx: {hop('nginx', nginx, lambda: said_ok(call('/health'))['status'])}"
+    yield "document from outside: " + hop("document from outside", nginx, lambda: task_of(call("", ASK)))
 
 
 def check(home: Path, settings: Settings, url: str) -> int:
     """Ask each hop in turn; the first that fails says what was seen and what mends it. Return 0 or 1."""
-    beside: subprocess.Popen[bytes] | None = None
+    beside = None
     try:
         for line in home_hops(settings):
             print("ok    " + line, flush=True)
         if not is_running(home):  # hold one as long as we ask
             write_atomically(home / "state.json", "{}")
-            flags = [w for f in fields(Settings)[1:] if f.name != "log_file" and getattr(settings, f.name) != f.default
-                     for w in ("--" + f.name.replace("_", "-"), str(getattr(settings, f.name)))]
-            beside = subprocess.Popen([sys.executable, __file__, "run", settings.destination, *flags], stderr=subprocess.DEVNULL)
+            flags = [f"--{f.name.replace('_', '-')}={getattr(settings, f.name)}" for f in fields(Settings)[1:]
+                     if getattr(settings, f.name) != f.default]
+            command = [sys.executable, __file__, "run", *flags, settings.destination]
+            beside = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         for line in itertools.chain(link_hops(settings, home), url_hops(url) if url else ()):
             print("ok    " + line, flush=True)
     except Fatal as e:
@@ -1406,7 +1374,7 @@ def is_running(home: Path) -> bool:
 
 
 def clock_time(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    return "`tunnel.py resume`" if at == FOR_EVER else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def status(home: Path, as_json: bool) -> int:
@@ -1423,19 +1391,16 @@ def status_lines(state: dict[str, Any]) -> list[str]:
     """Return the state as lines for a person."""
     if "dials" not in state:
         return ["no tunnel has run from here yet; start one: tunnel.py run USER@VPS, or tunnel.py install"]
-    since = f", since {clock_time(state['up_since'])}" if state["up"] else ""
-    word = "up" if state["up"] else "down" if state["running"] else "not running"
-    lines = [f"{word}: {state['name']} serves at {state['remote']} of {state['destination']}{since}"]
+    word = f"up since {clock_time(state['up_since'])}" if state["up"] else "down" if state["running"] else "not running"
+    trip = f"{state['round_trip'] * 1000:.0f} ms" if state["round_trip"] else "not measured"
+    lines = ["{name} serves at {remote} of {destination}", "model {model}, {server}. {model_note}",
+             "redials {redials}, round trip {trip}, requests {requests}, refused {refused}, bytes {bytes}"]
+    known = {**state, "trip": trip, "server": state["model_server"] or "no model server answers"}
+    lines = [word + ": " + lines[0].format(**known), *(line.format(**known) for line in lines[1:])]
     if state["last_error"]:
         lines.append("last error, {}: {seen}; {cure}".format(clock_time(state["last_error"]["at"]), **state["last_error"]))
-    trip = f"{state['round_trip'] * 1000:.0f} ms" if state["round_trip"] else "not measured"
-    lines.append(f"redials {state['redials']}, round trip {trip}, requests {state['requests']}, refused {state['refused']}, "
-                 f"bytes {state['bytes']}")
-    lines.append(f"model {state['model']}, {state['model_server'] or 'no model server answers'}"
-                 + (f"; {state['model_note']}" if state["model_note"] else ""))
     if state["paused_until"]:
-        until = state["paused_until"]
-        lines.append("paused until " + ("`tunnel.py resume`" if until == FOR_EVER else clock_time(until)))
+        lines.append(f"paused until {clock_time(state['paused_until'])}")
     if state["mirror"]:
         lines.append("the VPS's log is in {file}, {position} bytes".format(**state["mirror"]))
     return lines
