@@ -77,8 +77,8 @@ class Settings:
     """Everything an owner can set. A flag wins over tunnel.json, which wins over the default."""
 
     destination: str = option("", r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9:][\w.:%-]*", "the account on the VPS: USER@HOST")
-    name: str = option("", r"[a-z0-9-]{1,32}", "this workstation's name (default: gpu- and 4 hex digits of the key's hash)")
-    model: str = option("", r"[\w.:/@+-]{1,200}", "model to serve (default: sinc-scatter, else the one loaded or installed)")
+    name: str = option("", r"[a-z0-9-]{1,32}", "our name there (default: gpu- and 4 hex digits of the key's hash)")
+    model: str = option("", r"[\w.:/@+-]{1,200}", "default: sinc-scatter, else the only one loaded or installed")
     target: str = option("127.0.0.1:11434", rf"[\w.-]+:{PORT}", "where the model server listens")
     remote: str = option("", rf"/[\w./-]{{1,100}}|127\.0\.0\.1:{PORT}",
                          "where the VPS finds us: 127.0.0.1:PORT or a path (default: /run/scatter/backends/NAME.sock)")
@@ -154,7 +154,7 @@ def public_key(identity: str) -> list[str]:
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "scatter", "-f", identity]
         made = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if made.returncode:
-            raise Fatal(f"ssh-keygen could not make {identity}: {made.stderr.strip()[:200]}; can its folder be written?")
+            raise Fatal(f"ssh-keygen {identity}: {made.stderr.strip()[:200]}; can its folder be written?")
         if WINDOWS:  # ssh.exe refuses a key that others may read, and a new file inherits the folder's rights
             rights = ["/inheritance:r", "/grant:r", getpass.getuser() + ":F", "SYSTEM:F"]
             subprocess.run(["icacls", identity, *rights], capture_output=True, check=False)
@@ -193,15 +193,15 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
         "IPQoS=none",  # some routers freeze or starve marked packets
         "StreamLocalBindUnlink=yes",  # the -L socket that a killed run left would make the next one fail
     )
-    return ["ssh", "-F", "none", "-N", "-T", "-v", "-i", settings.identity.replace("%", "%%"), "-p", str(settings.ssh_port),
+    return ["ssh", "-F", "none", "-NTv", "-i", settings.identity.replace("%", "%%"), "-p", str(settings.ssh_port),
             *itertools.chain(*(("-o", o) for o in options)), "-R", f"{settings.remote}:127.0.0.1:{guard_port}",
             "-L", f"{front_at}:{settings.front}", "--", settings.destination]
 
 
 def front_address(folder: str) -> str:
-    """Return where ssh shall listen here for probe and mirror: a socket in a folder of this run; on Windows a free port."""
+    """Return where ssh shall listen here for probe and mirror: a socket of this run; on Windows a free port."""
     if not WINDOWS:
-        return folder + "/front.sock"  # not in SCATTER_HOME: a socket's path ends at 104 bytes, and ssh splits at spaces
+        return folder + "/front.sock"  # not in SCATTER_HOME: a socket's path has at most 104 bytes
     with socket.create_server(("127.0.0.1", 0)) as s:
         return f"127.0.0.1:{s.getsockname()[1]}"
 
@@ -209,12 +209,12 @@ def front_address(folder: str) -> str:
 # --- judging -----------------------------------------------------------------
 # ssh says 255 for nearly everything, so its words decide; the first row that matches names the failure.
 #
-# What mends itself (network, name server, a restarted sshd, a cut link) is tried for ever: at once, then within 0.5, 1, 2,
-# 4, 8 and 15 s, each time a random part of that, so that many tunnels cut by one outage do not come back in the same
+# What mends itself (network, name server, a restarted sshd, a cut link) is tried for ever: at once, then within 0.5, 1,
+# 2, 4, 8 and 15 s, each time a random part of that, so that many tunnels cut by one outage do not come back in the same
 # second. After 30 s up the waits start again from the first.
 #
-# What a person must mend (key, host key, account, a forward not allowed) is tried every 60 to 300 s: sshd from 9.8 on and
-# fail2ban shut out an address that fails often. What to do is said once, and in `status` until something changes.
+# What a person must mend (key, host key, account, a forward not allowed) is tried every 60 to 300 s: sshd from 9.8 on
+# and fail2ban shut out an address that fails often. What to do is said once, and in `status` until something changes.
 #
 # A taken port (TCP form) is tried every 2 s: sshd holds the port of a dead link until it notices the death, and logins
 # that succeed are not what gets an address banned.
@@ -227,7 +227,7 @@ STEADY_AFTER = 30.0  # seconds up, after which an end is a new failure and not t
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a tunnel ended: its kind, what was seen, what mends it, and the pace of the tries to come: soon, slow, busy."""
+    """Why a tunnel ended: its kind, what was seen, what mends it, and the pace of the next tries: soon, slow, busy."""
 
     kind: str
     seen: str
@@ -237,33 +237,35 @@ class Failure:
 
 FAILURES = (  # kind, pace, pattern in ssh's words, cure
     ("no_ssh", "slow", r"cannot start ssh.*", "install the OpenSSH client, 8.4 or newer"),
-    ("ssh_options", "slow", r"Bad configuration option.*|unknown option.*", "this ssh is too old; install OpenSSH 8.4 or newer"),
+    ("ssh_options", "slow", r"Bad configuration option.*|unknown option.*", "install OpenSSH 8.4 or newer"),
     ("host_key_changed", "slow", r"REMOTE HOST IDENTIFICATION HAS CHANGED", (
-        "if the VPS was rebuilt, replace its line in {known_hosts}, or run `tunnel.py setup`; else somebody answers for it")),
+        "if the VPS was rebuilt, replace its line in {known_hosts}, or run `tunnel.py setup`; else it is not the VPS")),
     ("host_key_unknown", "slow", r"No \S+ host key is known for.*|Host key verification failed.*", (
-        "run `ssh -p {port} {destination}` once and compare the fingerprint with the VPS's own, or run `tunnel.py setup`")),
+        "run `ssh -p {port} {destination}` once and compare the fingerprint, or run `tunnel.py setup`")),
     ("key_file", "slow", r"UNPROTECTED PRIVATE KEY FILE|Load key .*|Identity file .* not accessible.*", (
         "make {identity} readable by its owner alone and whole, or remove it and run `tunnel.py key`")),
-    ("auth", "slow", r"Permission denied \(.*|Too many authentication failures.*|No supported authentication methods.*", (
+    ("auth", "slow", r"Permission denied \(.*|Too many authentication failures.*|No supported authentication.*", (
         "let the VPS authorise the line that `tunnel.py key` prints, for the account of {destination}")),
     ("banned", "slow", r"Not allowed at this time.*|Exceeded MaxStartups.*", "sshd shuts this address out; wait"),
-    ("no_agreement", "slow", r"no matching .* found.*", "ssh here and sshd there share no algorithm; upgrade the older"),
+    ("no_agreement", "slow", r"no matching .* found.*", "ssh and the VPS share no algorithm; upgrade the older"),
     ("forward_refused", "slow", r"Remote: (?:port forwarding refused|Server has disabled .*)", (
-        "let the account listen on {remote}: PermitListen, AllowTcpForwarding, AllowStreamLocalForwarding in sshd_config")),
+        "sshd_config must let us listen on {remote}: PermitListen, AllowTcpForwarding, AllowStreamLocalForwarding")),
     ("path_taken", "soon", r"remote port forwarding failed for listen path.*", (
-        "{remote} cannot be made: no such folder, or not the account's, or an old socket and no `StreamLocalBindUnlink yes`")),
+        "{remote} cannot be made: no such folder, not the account's, or an old socket but no `StreamLocalBindUnlink`")),
     ("port_taken", "busy", r"remote port forwarding failed for listen port.*", (
-        "the VPS still holds {remote}, likely for our last link; it lets go in 16 s to 16 min, or when that sshd is ended")),
+        "the VPS still holds {remote}, likely for our last link; it lets go in 16 s to 16 min; or end that sshd")),
     ("name", "soon", r"Could not resolve hostname.*", "check the name in {destination} and this machine's name server"),
-    ("silent", "soon", r"Timeout, server .* not responding.*", "the link went silent and is dialled again; nothing to do"),
-    ("network", "soon", r"(?:connect to|kex_exchange|Connection|client_loop|ssh_dispatch|banner).*(?:refused|timed out"
-     r"|unreachable|No route|closed|[Rr]eset|Broken|aborted).*", "see that the VPS is up and its sshd listens on {port}"),
+    ("silent", "soon", r"Timeout, server .* not responding.*", "the tunnel is dialled again; nothing to do"),
+    ("network", "soon", (
+        r"(?:connect to|kex_exchange|Connection|client_loop|ssh_dispatch|banner).*"
+        r"(?:refused|timed out|unreachable|No route|closed|[Rr]eset|Broken|aborted).*"),
+     "see that the VPS is up and its sshd listens on {port}"),
 )
 CHATTER = re.compile(r"(?m)^(?:debug1: )?channel .*\n?")  # else a refused -L would be read as the reason of a later end
 
 
 def judge(status: int, words: str, places: dict[str, Any], asked: str = "") -> Failure:
-    """Return why ssh ended, from its exit status, its words (from the network: cut, cleaned), and our reason if we ended it.
+    """Return why ssh ended, from its exit status, its words (hostile: cut, cleaned), and our reason if we ended it.
 
     places fills the cure: destination, port, identity, remote, known_hosts.
     """
@@ -288,9 +290,9 @@ def next_delay(pace: str, failures: int, chance: Callable[[float, float], float]
 
 
 # --- guard -------------------------------------------------------------------
-# The VPS may be taken over, so what arrives here is hostile. One request at a time on a connection; its head is read by a
-# grammar narrower than HTTP's, so that no two readers can differ about where it ends; its body is made anew from the keys
-# below, and of its headers none is passed on. Answers pass untouched: the model server is the owner's.
+# The VPS may be taken over, so what arrives here is hostile. One request at a time on a connection; its head is read by
+# a grammar narrower than HTTP's, so that no two readers can differ about where it ends; its body is made anew from the
+# keys below, and of its headers none is passed on. Answers pass untouched: the model server is the owner's.
 
 HEAD_LIMIT = 16 * 1024  # bytes; the proxy's heads are below 300
 BODY_LIMIT = 1024 * 1024  # bytes; a prompt is at most 16,000 characters
@@ -308,9 +310,9 @@ HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):[ \t]*([ -~\t]*)"
 PHRASES = {400: "Bad Request", 403: "Forbidden", 413: "Content Too Large", 431: "Request Header Fields Too Large",
            502: "Bad Gateway", 503: "Service Unavailable"}
 
-# What may stand in a body. str, bool: that type; (low, high): a number in that range; a set: one of these texts; a name:
-# a count, clamped to that limit of the owner; [rule]: a list of them; {key: rule}: an object, other keys dropped; {str:
-# rule}: an object of any keys; (rule, rule): either. No $ref (some servers fetch it), no pattern (its grammar can explode).
+# What may stand in a body. str, bool: that type; (low, high): a number in that range; a set: one of these texts; a
+# name: a count, clamped to that limit of the owner; [rule]: a list of them; {key: rule}: an object, other keys dropped;
+# {str: rule}: an object of any keys; (rule, rule): either. No $ref (some servers fetch it), no pattern 
 SCHEMA: dict[Any, Any] = {"type": str, "title": str, "description": str, "const": str, "enum": [str], "required": [str]}
 SCHEMA.update(dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum"), (-1e6, 1e6)))
 SCHEMA.update(properties={str: SCHEMA}, items=SCHEMA, additionalProperties=(bool, SCHEMA))
@@ -336,8 +338,9 @@ class Refused(Exception):
         """Return the refusal as HTTP; keep: the request was whole and lawful, and the connection stays."""
         status, code, message = self.args
         body = json.dumps({"error": {"code": code, "message": message}})
-        return (f"HTTP/1.1 {status} {PHRASES[status]}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                + ("" if keep else "Connection: close\r\n") + "\r\n" + body).encode()
+        close = "" if keep else "Connection: close\r\n"
+        return (f"HTTP/1.1 {status} {PHRASES[status]}\r\nContent-Type: application/json\r\n{close}"
+                f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
 
 
 def need(fits: Any, why: str = "") -> Any:
@@ -478,7 +481,8 @@ class Connection:
             self.guard.requests += method == "POST"
             self.busy = True
             watch.add_done_callback(lambda w: w.cancelled() or self.drop(w.exception()))
-            return await self._exchange(f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\n", body, watch)
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\nAccept: */*\r\n"
+            return await self._exchange(head, body, watch)
         except Refused as e:
             if e.args[0] < 500:
                 raise
@@ -489,7 +493,7 @@ class Connection:
             watch.cancel()
 
     async def _exchange(self, head: str, body: bytes, watch: asyncio.Future[bytes]) -> bool:
-        """Send the request in one write, and each part of the answer as it comes; return whether the connection stays."""
+        """Send the request, and each part of the answer as it comes; return whether the connection stays."""
         try:
             if not self.model or self.model[0].at_eof():
                 self.drop_model()
@@ -501,7 +505,7 @@ class Connection:
                 need(not watch.done())
             model, to_model = self.model
             kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
-            to_model.write(f"{head}Accept: */*\r\n{kind}\r\n".encode() + body)  # two writes would wait for each other's ACK
+            to_model.write(f"{head}{kind}\r\n".encode() + body)  # in two writes the second could wait for an ACK
             self.deadline = time.monotonic() + SILENT_ANSWER
             answer = await model.readuntil(b"\r\n\r\n")
             status = need(re.match(rb"HTTP/1\.[01] ([2-5]\d\d)", answer))[1]
@@ -574,7 +578,8 @@ class Guard:
 
     async def start(self) -> None:
         """Listen on a free loopback port, the same for every link to come."""
-        self.server = await asyncio.start_server(lambda r, w: Connection(self, r, w).serve(), "127.0.0.1", limit=HEAD_LIMIT)
+        self.server = await asyncio.start_server(
+            lambda reader, writer: Connection(self, reader, writer).serve(), "127.0.0.1", limit=HEAD_LIMIT)
         self.port = self.server.sockets[0].getsockname()[1]
 
     def drop(self, which: Callable[[Connection], bool]) -> None:
@@ -586,7 +591,7 @@ class Guard:
 # --- probe -------------------------------------------------------------------
 
 class Line(http.client.HTTPConnection):
-    """A connection to ADDRESS:PORT or to a Unix socket's path; every wait on it is bounded by its timeout in seconds."""
+    """A connection to ADDRESS:PORT or to a Unix socket's path; every wait is bounded by its timeout in seconds."""
 
     def __init__(self, at: str, timeout: float = 2.0) -> None:
         super().__init__("localhost", timeout=timeout)
@@ -602,12 +607,12 @@ class Line(http.client.HTTPConnection):
             self.sock = socket.create_connection((host, int(port)), self.timeout)
 
     def ask(self, path: str, body: Any = None, start: int | None = None) -> tuple[int, str, bytes]:
-        """Return status, ETag and body (to 8 MiB) of the answer; raise OSError where none came. start: a Range's first byte."""
-        headers = {} if start is None else {"Range": f"bytes={start}-"}
+        """Return status, ETag and body (to 8 MiB) of the answer; raise OSError where none came. start: for a Range."""
+        headers = {"Content-Type": "application/json", **({} if start is None else {"Range": f"bytes={start}-"})}
         content = None if body is None else json.dumps(body).encode()
         began = time.monotonic()
         try:
-            self.request("GET" if body is None else "POST", path, content, {"Content-Type": "application/json", **headers})
+            self.request("GET" if body is None else "POST", path, content, headers)
             answer = self.getresponse()
             self.took = time.monotonic() - began  # before the body, which an sshd before 10.1 may hold back 40 ms
             return answer.status, answer.headers.get("ETag", ""), answer.read(8 << 20)
@@ -628,8 +633,8 @@ def ask_once(at: str, path: str, body: Any = None, timeout: float = 2.0) -> tupl
 def probe(line: Line) -> tuple[bool, Any, float | None]:
     """Return whether the link lives, the proxy's health if it answered, and the round trip in seconds if measured.
 
-    Anything but silence proves life: a refusal, too, came from the VPS. A kept connection that the proxy has closed proves
-    nothing; a new one is asked then, which takes two round trips and is not measured.
+    Anything but silence proves life: a refusal, too, came from the VPS. A kept connection that the proxy has closed
+    proves nothing; a new one is asked then, which takes two round trips and is not measured.
     """
     for kept in (True, False) if line.sock else (False,):
         began = time.monotonic()
@@ -658,8 +663,8 @@ def backend_is_down(health: Any, remote: str) -> bool:
 def probe_verdict(silent: int, down_for: float, patience: float, model_answers: bool) -> str:
     """Return why to redial, or nothing.
 
-    Two silent probes: the link is dead. The proxy has not seen us for `patience` seconds while the model server here answers:
-    the forward is dead. The caller doubles patience after each redial for that, as the fault may not be the link's.
+    Two silent probes: the link is dead. The proxy has not seen us for `patience` seconds while the model server here
+    answers: the forward is dead. The caller doubles patience after each redial for that.
     """
     if silent >= 2:
         return "two probes in a row had no answer"
@@ -676,8 +681,9 @@ def models(target: str) -> tuple[str, list[str], list[str]]:
         _, listed = ask_once(target, path)
         with contextlib.suppress(KeyError, TypeError):
             installed = [str(m[name]) for m in listed[key]]
-            loaded = [str(m["name"]) for m in ask_once(target, "/api/ps")[1]["models"]] if kind == "ollama" else installed
-            return kind, installed, loaded
+            if kind == "openai":
+                return kind, installed, installed
+            return kind, installed, [str(m["name"]) for m in ask_once(target, "/api/ps")[1]["models"]]
     return "other", [], []
 
 
@@ -685,7 +691,8 @@ def chosen_model(wanted: str, installed: list[str], loaded: list[str]) -> tuple[
     """Return the model to serve, and what its owner should know of that: empty, or one sentence."""
     here = {*installed, *(name.split(":latest")[0] for name in installed)}
     if wanted:
-        return wanted, f"{wanted} is not installed here; there are: {', '.join(installed)}" if here and wanted not in here else ""
+        absent = f"{wanted} is not installed here; there are: {', '.join(installed)}"
+        return wanted, absent if here and wanted not in here else ""
     if PLACEHOLDER_MODEL in here:
         return PLACEHOLDER_MODEL, ""
     for only in (loaded, installed):
@@ -705,8 +712,8 @@ MODELS_EVERY = 10.0  # seconds between looks at which models there are
 MIRROR_EVERY = 30.0  # seconds
 COUNTS_EVERY = 5.0  # seconds between writes of a state in which only counters changed
 WORDS_KEPT = 80  # lines of ssh's stderr; a failed dial at -v writes about 60
-LEASH = ('exec 3<&0; "$@" </dev/null 3<&- & ssh=$!; (cat <&3; kill $ssh) >/dev/null 2>&1 & leash=$!; wait $ssh; code=$?; '
-         "kill $leash 2>/dev/null; exit $code")  # a shell that ends ssh when our end of its standard input closes
+LEASH = ('exec 3<&0; "$@" </dev/null 3<&- & ssh=$!; (cat <&3; kill $ssh) >/dev/null 2>&1 & leash=$!; '
+         "wait $ssh; code=$?; kill $leash 2>/dev/null; exit $code")  # ends ssh when our end of its stdin closes
 
 
 def boot_clock() -> float:
@@ -833,7 +840,8 @@ class Tunnel:
                   "known_hosts": self.home / "known_hosts"}
         command, how = leashed(ssh_command(s, self.home, self.guard.port, front), sys.platform)
         try:
-            ssh = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how)
+            how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, **how}
+            ssh = await asyncio.create_subprocess_exec(*command, **how)
         except OSError as e:
             return judge(0, f"cannot start ssh: {e.strerror}", places)
         listening, hurry = (asyncio.ensure_future(t) for t in (self._listen(ssh, words, front), self.hurry.wait()))
@@ -844,7 +852,7 @@ class Tunnel:
             self.state.update(up_since=None, front=None)
             with contextlib.suppress(ProcessLookupError):
                 if not listening.done():  # else ssh has ended, and asyncio is collecting its status
-                    ssh.stdin.close() if ssh.stdin else ssh.terminate()
+                    ssh.stdin.close() if ssh.stdin else ssh.kill()  # it has nothing to tidy, and may be stopped
                 if not (await asyncio.wait([listening], timeout=2.0))[0]:  # seconds; ssh ends within milliseconds
                     ssh.kill()
             await listening
@@ -869,13 +877,13 @@ class Tunnel:
             self.state["sshd"] = "".join(c for c in line.rpartition("version ")[2][:60] if c.isprintable())
         elif line.startswith("debug1: remote forward success"):
             self.up_at = self.clock()
-            self.state.update(up_since=time.time(), front=front, redials=self.state["dials"] - 1, last_error=None)
+            self.state.update(up_since=time.time(), front=front, redials=self.state["dials"] - 1)
             text = f"up: {self.state['model']} serves at {self.settings.remote} of {self.settings.destination}"
             log.info(text)
             notify(f"READY=1\nSTATUS={text}")
         elif "open failed: administratively prohibited" in line and self.state["front"]:
             self.state["front"] = None
-            log.warning("the VPS refuses the way to its own %s: this link has no probe and no mirror", self.settings.front)
+            log.warning("the VPS refuses the way to its %s: no probe and no mirror on this link", self.settings.front)
 
     def _tell(self, failure: Failure, was_up: bool) -> None:
         """Say a change once: a link that ended, or another kind of failure."""
@@ -909,8 +917,8 @@ class Tunnel:
     def _save(self, force: bool = False) -> None:
         """Write the state when it changed; counters alone at most every COUNTS_EVERY."""
         guard, (state, written, at) = self.guard, self.saved
-        counts = {"round_trip": self.round_trip, "requests": guard.requests, "refused": guard.refused, "bytes": guard.bytes}
-        text = json.dumps({**self.state, **counts}, indent=1)
+        counts = {"requests": guard.requests, "refused": guard.refused, "bytes": guard.bytes}
+        text = json.dumps({**self.state, "round_trip": self.round_trip, **counts}, indent=1)
         if force or state != self.state or (written != text and self.clock() - at >= COUNTS_EVERY):
             write_atomically(self.home / "state.json", text)
             self.saved = (dict(self.state), text, self.clock())
@@ -958,9 +966,9 @@ class Tunnel:
 
 
 # --- mirror ------------------------------------------------------------------
-# The place reached is kept in mirror.json: ETag of the VPS's file (the hash of its first line), bytes read of it, and the
-# length of the copy. The copy is written first and the place after it, so a kill between them leaves bytes beyond the
-# place; they are cut off and read again. Nothing comes twice, and only whole lines come.
+# The place reached is kept in mirror.json: ETag of the VPS's file (the hash of its first line), bytes read of it, and
+# the length of the copy. The copy is written first and the place after it, so a kill between them leaves bytes beyond
+# the place; they are cut off and read again. Nothing comes twice, and only whole lines come.
 
 LOGS = ("/log.5", "/log.4", "/log.3", "/log.2", "/log.1", "/log")  # the proxy's, oldest first
 NOWHERE = 1 << 60  # bytes; a start beyond any end, for an ETag alone
@@ -978,8 +986,8 @@ def fetch(line: Line, path: str, start: int) -> tuple[str, bytes]:
 def mirror_step(line: Line, place: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """Return the next place and the bytes up to it; the same place and no bytes when there is nothing new.
 
-    A file is left for the next newer one when it gave nothing more. Files may be rotated between two questions, so the one
-    left must still be where it was after the newer one has answered.
+    A file is left for the next newer one when it gave nothing more. Files may be rotated between two questions, so the
+    one left must still be where it was after the newer one has answered.
     """
     etags, start = {}, place["offset"] if place["etag"] else NOWHERE
     for path in reversed(LOGS):  # the newest first: it nearly always is the one
@@ -1034,7 +1042,7 @@ def pause(home: Path, settings: Settings, duration: str) -> int:
     until = time.time() + int(duration[:-1]) * UNITS[duration[-1]] if duration else FOR_EVER
     write_atomically(home / "pause.json", json.dumps({"until": until}))
     print("paused until " + clock_time(until))
-    deadline = time.monotonic() + 10.0  # seconds; the tunnel looks every TICK, Ollama frees the memory after it answered
+    deadline = time.monotonic() + 10.0  # seconds; the tunnel looks every TICK, Ollama frees memory late
     while is_running(home) and not read_json(home / "state.json").get("paused_until") and time.monotonic() < deadline:
         time.sleep(0.05)
     loaded: list[str] = []
@@ -1086,8 +1094,8 @@ WatchdogSec=30
 [Install]
 WantedBy={target}
 """
-SANDBOX = """NoNewPrivileges=yes LockPersonality=yes RestrictRealtime=yes RestrictSUIDSGID=yes MemoryDenyWriteExecute=yes
-SystemCallArchitectures=native LimitCORE=0 TasksMax=64"""
+SANDBOX = """NoNewPrivileges=yes LockPersonality=yes RestrictRealtime=yes RestrictSUIDSGID=yes LimitCORE=0 TasksMax=64
+MemoryDenyWriteExecute=yes SystemCallArchitectures=native"""
 SYSTEM_SANDBOX = f"""{SANDBOX} User={ACCOUNT} StateDirectory=scatter StateDirectoryMode=0700 UMask=0077
 CapabilityBoundingSet= AmbientCapabilities= ProtectSystem=strict ProtectHome=yes PrivateTmp=yes PrivateDevices=yes
 DevicePolicy=closed ProtectProc=invisible ProcSubset=pid ProtectKernelTunables=yes ProtectKernelModules=yes
@@ -1139,13 +1147,15 @@ def service(system: str, admin: bool, python: str, script: Path, home: Path, use
     argv = [python, str(script), "run", "--log-file", str(home / "tunnel.log")]
     if system == "win32":
         name, path = ("/TN", "scatter"), home / "task.xml"
-        task = TASK.format(trigger="BootTrigger" if admin else "LogonTrigger", logon="S4U" if admin else "InteractiveToken",
-                           user=escape(user), arguments=escape(subprocess.list2cmdline(argv[1:])),
-                           python=escape(python.replace("python.exe", "pythonw.exe")))  # which opens no window
-        return Service(path, task, (("schtasks", "/Create", "/F", *name, "/XML", str(path)), ("schtasks", "/Run", *name)),
-                       (("schtasks", "/End", *name), ("schtasks", "/Delete", "/F", *name)), when)
+        trigger, logon = ("BootTrigger", "S4U") if admin else ("LogonTrigger", "InteractiveToken")
+        python = python.replace("python.exe", "pythonw.exe")  # which opens no window
+        task = TASK.format(trigger=trigger, logon=logon, user=escape(user), python=escape(python),
+                           arguments=escape(subprocess.list2cmdline(argv[1:])))
+        enable = (("schtasks", "/Create", "/F", *name, "/XML", str(path)), ("schtasks", "/Run", *name))
+        return Service(path, task, enable, (("schtasks", "/End", *name), ("schtasks", "/Delete", "/F", *name)), when)
     if system == "darwin":
-        path = (Path("/Library/LaunchDaemons") if admin else user_home / "Library/LaunchAgents") / "scatter.tunnel.plist"
+        folder = Path("/Library/LaunchDaemons") if admin else user_home / "Library/LaunchAgents"
+        path = folder / "scatter.tunnel.plist"
         keys = {"Label": "scatter.tunnel", "RunAtLoad": True, "KeepAlive": True, "ThrottleInterval": 5,
                 "ProgramArguments": argv, "EnvironmentVariables": {"SCATTER_HOME": str(home)}}
         domain = "system" if admin else f"gui/{os.getuid()}"
@@ -1157,9 +1167,9 @@ def service(system: str, admin: bool, python: str, script: Path, home: Path, use
     path = (Path("/etc/systemd/system") if admin else user_home / ".config/systemd/user") / "scatter-tunnel.service"
     account = ("useradd", "--system", "--user-group", "--home-dir", str(home), "--shell", "/usr/sbin/nologin", ACCOUNT)
     systemctl = ("systemctl",) if admin else ("systemctl", "--user")
-    return Service(path, unit, (account if admin else ("loginctl", "enable-linger", user), (*systemctl, "daemon-reload"),
-                                (*systemctl, "enable", path.name), (*systemctl, "restart", "--no-block", path.name)),
-                   ((*systemctl, "disable", "--now", path.name),), when)
+    enable = (account if admin else ("loginctl", "enable-linger", user), (*systemctl, "daemon-reload"),
+              (*systemctl, "enable", path.name), (*systemctl, "restart", "--no-block", path.name))
+    return Service(path, unit, enable, ((*systemctl, "disable", "--now", path.name),), when)
 
 
 def this_service(home: Path) -> tuple[Service, Path]:
@@ -1198,7 +1208,8 @@ def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool
         print(shlex.join(command))
         if not dry_run:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode and command not in before and (command[0], done.returncode) != ("useradd", 9):  # 9: exists
+            exists = command[0] == "useradd" and done.returncode == 9
+            if done.returncode and command not in before and not exists:
                 raise Fatal(f"{shlex.join(command)}: {done.stderr.strip()[:300]}; mend that and run install again")
     print(f"the tunnel runs {made.when}; see: tunnel.py status")
     return 0
@@ -1250,7 +1261,7 @@ def task_of(answer: tuple[int, Any]) -> str:
 
 
 def home_hops(s: Settings) -> Iterator[str]:
-    """Ask what is on this machine, in the order in which it breaks; yield what was seen, raise Fatal at the first failure."""
+    """Ask what is on this machine; yield what was seen, raise Fatal at the first failure."""
     late = " (on Windows Ollama starts when you log in, the tunnel before)" if WINDOWS else ""
     kind, installed, loaded = hop("model server", "start it" + late, lambda: models(s.target))
     version = str((ask_once(s.target, "/api/version")[1] or {}).get("version")) if kind == "ollama" else ""
@@ -1260,7 +1271,8 @@ def home_hops(s: Settings) -> Iterator[str]:
     if note:
         raise Fatal(f"model: {note}")
     yield f"model: {model}"
-    path, body = "/v1/chat/completions", {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
+    path, messages = "/v1/chat/completions", [{"role": "user", "content": "Hi"}]
+    body: dict[str, Any] = {"model": model, "max_tokens": 1, "messages": messages}
     if kind == "ollama":
         options = {"num_predict": 1, "num_ctx": s.context}
         path, body = "/api/generate", {"model": model, "prompt": "Hi", "stream": False, "options": options}
@@ -1290,7 +1302,7 @@ def link_hops(s: Settings, home: Path) -> Iterator[str]:
     state, deadline = {}, time.monotonic() + 15.0  # seconds; a dial has 5 to connect, and is tried again
     while not state.get("up_since"):
         state = read_json(home / "state.json")
-        error = state.get("last_error") or {"kind": "dropped", "seen": "no link in 15 s", "cure": "see tunnel.py status"}
+        error = state.get("last_error") or {"kind": "dropped", "seen": "no link in 15 s", "cure": "see status"}
         if time.monotonic() > deadline or error["kind"] not in ("dropped", "ended"):
             raise Fatal("host key, login, forward: {seen}; {cure}".format(**error))
         time.sleep(0.1)
@@ -1311,7 +1323,7 @@ def url_hops(url: str) -> Iterator[str]:
     kind = http.client.HTTPSConnection if at.scheme == "https" else http.client.HTTPConnection
     line, certbot = kind(host, port, timeout=320.0), f"on the VPS: certbot --nginx -d {host}"
     hop("TLS", f"see that nginx listens there; {certbot}", line.connect)
-    yield "TLS: the certificate is good" if at.scheme == "https" else f"TLS: none, prompts travel in the clear; {certbot}"
+    yield "TLS: the certificate is good" if at.scheme == "https" else f"TLS: none, prompts travel open; {certbot}"
 
     def call(path: str, body: Any = None) -> tuple[int, Any]:
         line.request("POST" if body else "GET", at.path.rstrip("/") + "/api/ai-transform" + path,
@@ -1398,7 +1410,8 @@ def status_lines(state: dict[str, Any]) -> list[str]:
     known = {**state, "trip": trip, "server": state["model_server"] or "no model server answers"}
     lines = [word + ": " + lines[0].format(**known), *(line.format(**known) for line in lines[1:])]
     if state["last_error"]:
-        lines.append("last error, {}: {seen}; {cure}".format(clock_time(state["last_error"]["at"]), **state["last_error"]))
+        at = clock_time(state["last_error"]["at"])
+        lines.append(f"last error, {at}: " + "{kind}: {seen}; {cure}".format(**state["last_error"]))
     if state["paused_until"]:
         lines.append(f"paused until {clock_time(state['paused_until'])}")
     if state["mirror"]:
@@ -1458,9 +1471,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args, home = parser().parse_args(argv), home_folder()
     try:
-        if args.command in ("status", "resume", "uninstall"):
-            return status(home, args.json) if args.command == "status" else resume(home) if args.command == "resume" else \
-                uninstall(home, args.dry_run)
+        if args.command == "status":
+            return status(home, args.json)
+        if args.command == "resume":
+            return resume(home)
+        if args.command == "uninstall":
+            return uninstall(home, args.dry_run)
         settings = parse_settings(home, vars(args))
         if args.command == "pause":
             return pause(home, settings, args.duration)
@@ -1475,9 +1491,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.command == "check":
             return check(home, settings, args.url)
-        to = logging.handlers.RotatingFileHandler(settings.log_file, maxBytes=1 << 20, backupCount=1) if settings.log_file else None
+        to = logging.StreamHandler()
+        if settings.log_file:
+            to = logging.handlers.RotatingFileHandler(settings.log_file, maxBytes=1 << 20, backupCount=1)
         stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has its own
-        logging.basicConfig(level=logging.INFO, format=stamp + "%(message)s", handlers=[to or logging.StreamHandler()])
+        logging.basicConfig(level=logging.INFO, format=stamp + "%(message)s", handlers=[to])
         return run(settings, home)
     except Fatal as e:
         print(f"error: {e}", file=sys.stderr)
