@@ -312,7 +312,7 @@ PHRASES = {400: "Bad Request", 403: "Forbidden", 413: "Content Too Large", 431: 
 
 # What may stand in a body. str, bool: that type; (low, high): a number in that range; a set: one of these texts; a
 # name: a count, clamped to that limit of the owner; [rule]: a list of them; {key: rule}: an object, other keys dropped;
-# {str: rule}: an object of any keys; (rule, rule): either. No $ref (some servers fetch it), no pattern 
+# {str: rule}: an object of any keys; (rule, rule): either. No $ref (some servers fetch it), no pattern (it explodes).
 SCHEMA: dict[Any, Any] = {"type": str, "title": str, "description": str, "const": str, "enum": [str], "required": [str]}
 SCHEMA.update(dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum"), (-1e6, 1e6)))
 SCHEMA.update(properties={str: SCHEMA}, items=SCHEMA, additionalProperties=(bool, SCHEMA))
@@ -606,9 +606,9 @@ class Line(http.client.HTTPConnection):
             host, _, port = self.at.rpartition(":")
             self.sock = socket.create_connection((host, int(port)), self.timeout)
 
-    def ask(self, path: str, body: Any = None, start: int | None = None) -> tuple[int, str, bytes]:
-        """Return status, ETag and body (to 8 MiB) of the answer; raise OSError where none came. start: for a Range."""
-        headers = {"Content-Type": "application/json", **({} if start is None else {"Range": f"bytes={start}-"})}
+    def ask(self, path: str, body: Any = None, span: str = "") -> tuple[int, str, bytes]:
+        """Return status, ETag and body (to 8 MiB) of the answer; raise OSError where none came. span: of a Range."""
+        headers = {"Content-Type": "application/json", **({"Range": "bytes=" + span} if span else {})}
         content = None if body is None else json.dumps(body).encode()
         began = time.monotonic()
         try:
@@ -975,12 +975,18 @@ NOWHERE = 1 << 60  # bytes; a start beyond any end, for an ETag alone
 
 
 def fetch(line: Line, path: str, start: int) -> tuple[str, bytes]:
-    """Return a log file's ETag (empty where there is none) and its whole lines from byte start on, to 8 MiB."""
-    code, etag, text = line.ask(path, start=start)
+    """Return a log file's ETag (empty where there is none) and its whole lines from byte start on, to 8 MiB.
+
+    The ETag is asked for again: 416 has none, and the file may be rotated while the proxy answers.
+    """
+    code, etag, text = line.ask(path, span=f"{start}-")
     if len(text) >= 8 << 20:
         line.close()  # the rest of the answer is still on it
+    again = line.ask(path, span="0-0")[1] if code in (200, 206, 416) else ""
+    if etag not in ("", again):
+        return "", b""
     text = text[start:] if code == 200 else text if code == 206 else b""
-    return etag if code in (200, 206, 416) else "", text[:text.rfind(b"\n") + 1]
+    return again, text[:text.rfind(b"\n") + 1]
 
 
 def mirror_step(line: Line, place: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
