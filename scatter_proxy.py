@@ -2,7 +2,6 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "httpx>=0.28",
 #     "starlette>=1.7",
 #     "uvicorn>=0.40",
 # ]
@@ -40,34 +39,27 @@ import logging
 import math
 import os
 import re
-import resource
 import socket
 import sys
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from logging.handlers import RotatingFileHandler, WatchedFileHandler
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 try:
     import anyio
-    import httpcore  # what httpx itself stands on; it lets us own the connections
+    import h11  # what uvicorn stands on
     import uvicorn
-    from starlette.applications import Starlette
     from starlette.datastructures import Headers
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
-    from starlette.requests import Request
     from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-    from starlette.routing import Route
     from starlette.types import Receive, Scope, Send
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as exc:
-    sys.exit(f"error: {exc.name} is not installed: python3 -m pip install httpx starlette uvicorn")
+    sys.exit(f"error: {exc.name} is not installed: python3 -m pip install starlette uvicorn")
 
-sys.modules.setdefault("sniffio", None)  # httpcore tries to import it at each request: 0.3 ms where it is not there
 VERSION = "1.0.0"
 log = logging.getLogger("scatter")
 
@@ -91,9 +83,7 @@ FIRST_TOKEN_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS = 120.0, 30.0, 300.0  # of o
 COMMENT_EVERY = 10.0  # s of silence in a stream; every proxy's idle limit is longer (nginx: 60)
 DRAIN_SECONDS = 20.0  # for running jobs after SIGTERM; the unit's TimeoutStopSec is longer
 DOCUMENT_SECONDS = 3600.0  # a finished document is kept for an hour
-OTHER_SLOTS = 16  # of servers that batch but do not say how many at once (vLLM)
 LOG_LIMIT, LOG_KEPT = 64 * 1024 * 1024, 5  # bytes a file, rotated files
-WINDOW = 1000  # documents that /stats looks back on
 
 
 class BadSetting(Exception):
@@ -102,7 +92,7 @@ class BadSetting(Exception):
 
 def option(default: Any, text: str, *limits: Any) -> Any:
     """Declare a setting: default, line of --help with the unit, and limits: lowest and highest, or a pattern."""
-    return field(default=default, metadata={"help": text, "limits": limits})
+    return field(default=default, metadata={"help": text, "limits": limits or (".*",)})
 
 
 @dataclass(frozen=True)
@@ -131,37 +121,46 @@ class Settings:
     log: str = option("", "JSONL log; blank: $LOGS_DIRECTORY/scatter-api.jsonl, else scatter-api.jsonl here")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, but it raises BadSetting where that one prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadSetting(message.removeprefix("argument "))
+
+
+def converter(setting: Field[Any]) -> Callable[[str], Any]:
+    """Return what makes the setting's value of its text, a list of one that is repeatable."""
+    kind, limits = type(setting.default), setting.metadata["limits"]
+
+    def convert(raw: str) -> Any:
+        words = raw.replace(",", " ").split() if kind is tuple else [raw]
+        try:
+            value = words if kind is tuple else kind(raw)
+            if limits[0] <= value <= limits[1] if len(limits) == 2 else all(re.fullmatch(limits[0], w) for w in words):
+                return value
+        except ValueError:
+            pass
+        allowed = f"give {limits[0]} to {limits[1]}" if len(limits) == 2 else setting.metadata["help"]
+        raise argparse.ArgumentTypeError(f"{raw!r} cannot be; {allowed} (default: {setting.default!r})")
+
+    return convert
+
+
 def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Read the settings: a flag wins over its variable, which wins over the default. Raises BadSetting."""
-    parser = argparse.ArgumentParser(prog="scatter_proxy.py", description="Serve, or: scatter_proxy.py stats [LOG …]")
+    parser = Parser("scatter_proxy.py", description="Serve, or: scatter_proxy.py stats [LOG …]", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"scatter_proxy {VERSION}")
+    told = []
     for f in fields(Settings):
-        text = f"{f.metadata['help']} (SCATTER_{f.name.upper()}; default: {f.default!r})"
-        action = "append" if isinstance(f.default, tuple) else "store"
-        parser.add_argument("--" + f.name.replace("_", "-"), action=action, metavar="X", help=text.replace("%", "%%"))
-    flags, values = vars(parser.parse_args(argv)), {}
-    for f in fields(Settings):
-        raw, variable = flags[f.name], environ.get("SCATTER_" + f.name.upper())
-        if raw is None and variable:
-            raw = variable.replace(",", " ").split() if isinstance(f.default, tuple) else variable
-        values[f.name] = f.default if raw is None else convert(f, raw)
-    values["log"] = values["log"] or os.path.join(environ.get("LOGS_DIRECTORY", "").split(":")[0], "scatter-api.jsonl")
-    return Settings(**values)
-
-
-def convert(setting: Field[Any], raw: Any) -> Any:
-    """Return raw as the setting's type; raise BadSetting where it cannot be, or is out of its limits."""
-    kind, limits, flag = type(setting.default), setting.metadata["limits"], "--" + setting.name.replace("_", "-")
-    try:
-        value = kind(raw)
-        fits = limits[0] <= value <= limits[1] if len(limits) == 2 else True
-    except ValueError:
-        fits = False
-    words = raw if kind is tuple else [raw]
-    if not fits or len(limits) == 1 and not all(re.fullmatch(limits[0], word) for word in words):
-        allowed = f"give {limits[0]} to {limits[1]}" if len(limits) == 2 else setting.metadata["help"]
-        raise BadSetting(f"{flag}: {' '.join(words)!r} cannot be; {allowed} (default: {setting.default!r})")
-    return value
+        flag, variable = "--" + f.name.replace("_", "-"), "SCATTER_" + f.name.upper()
+        text = f"{f.metadata['help']} ({variable}; default: {f.default!r})".replace("%", "%%")
+        action = "extend" if isinstance(f.default, tuple) else "store"
+        parser.add_argument(flag, type=converter(f), action=action, default=argparse.SUPPRESS, metavar="X", help=text)
+        told += [f"{flag}={environ[variable]}"] if environ.get(variable) else []
+    values = vars(parser.parse_args(told)) | vars(parser.parse_args(argv))
+    where = environ.get("LOGS_DIRECTORY", "").split(":")[0]
+    values["log"] = values.get("log") or os.path.join(where, "scatter-api.jsonl")
+    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 # --- bands --------------------------------------------------------------------
@@ -208,8 +207,9 @@ def band_schema(max_tokens: int) -> dict[str, Any]:
     The lengths end an answer before max_tokens even where a small model rambles: three characters a token, the least
     that European languages need. llama.cpp refuses a maxLength of 2,000 and more.
     """
-    text = {b.name: {"type": "string", "minLength": 1, "maxLength": min(1999, int(b.share * max_tokens * 3))} for b in BANDS}
-    return {"type": "object", "properties": text, "required": [*text], "additionalProperties": False}
+    most = {band.name: min(1999, int(band.share * max_tokens * 3)) for band in BANDS}
+    texts = {name: {"type": "string", "minLength": 1, "maxLength": length} for name, length in most.items()}
+    return {"type": "object", "properties": texts, "required": [*texts], "additionalProperties": False}
 
 
 def make_document(texts: Sequence[str]) -> dict[str, Any]:
@@ -290,8 +290,10 @@ class BandReader:
         self._rest = text[max(at, len(text) - self._KEPT) :]
         return found
 
+
 # --- refusals -----------------------------------------------------------------
 
+NO_STORE = {"cache-control": "no-store"}
 # code: (HTTP status, the one sentence that a client is told). Nothing else about a failure leaves the machine.
 REFUSALS = {
     "bad_json": (400, "The body is not valid JSON in UTF-8."),
@@ -322,13 +324,27 @@ class Refusal(Exception):
         self.status, message = REFUSALS[code]
         self.body = {"error": {"code": code, "message": message}}
 
+    def response(self, headers: Mapping[str, str] = NO_STORE) -> Response:
+        """Return the answer to a client that was told nothing yet."""
+        retry = {"retry-after": str(self.retry_after)} if self.retry_after else {}
+        return JSONResponse(self.body, self.status, {**NO_STORE, **headers, **retry})
+
 
 class LinkLost(Exception):
-    """The backend cannot be reached, or broke off; the only failure that takes it down. Its text is a reason of /health."""
+    """The backend cannot be reached, or broke off; all that takes it down. Its text is a reason of /health."""
 
 
 class BackendError(Exception):
     """The backend answered with an error: (HTTP status, text). Its job fails, and it stays up."""
+
+
+def as_failure(status: int, body: bytes) -> LinkLost | BackendError:
+    """Return what an answer other than 200 means: the guard at home says in a code that nothing stands behind it."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        code = json.loads(body)["error"]["code"]
+        if status in (502, 503) and code in ("paused", "no_model_server"):
+            return LinkLost(code)
+    return BackendError(status, body[:4096].decode("utf-8", "replace"))
 
 
 # --- dialects -----------------------------------------------------------------
@@ -347,25 +363,42 @@ class Answer:
     eval_tok_per_s: float | None = None  # the backend's own figure, without queue, prompt and network
 
 
+# The holes of a request's template. The rest of it is the same for every request, and encoded once.
+PROMPT, SEED, MAX_TOKENS = "<prompt>", "<seed>", "<max_tokens>"
+
+
+def fill(template: str, prompt: str, seed: int, max_tokens: int) -> bytes:
+    """Return a request; the prompt goes in last, so that nothing in it is taken for a hole."""
+    for hole, value in ((SEED, seed), (MAX_TOKENS, max_tokens), (PROMPT, prompt)):
+        template = template.replace(ENCODE(hole), ENCODE(value), 1)
+    return template.encode()
+
+
+def load(data: bytes) -> dict[str, Any]:
+    """Return one JSON object of an answer; raise BackendError where it tells of an error."""
+    part = json.loads(data)
+    if "error" in part:
+        raise BackendError(200, str(part["error"]))
+    return part
+
+
 class Ollama:
     """Ollama's /api/generate: a JSON object a line (docs/api.md of ollama/ollama)."""
 
     kind, path, slots = "ollama", "/api/generate", 1  # OLLAMA_NUM_PARALLEL's default
 
     @staticmethod
-    def request(s: Settings, prompt: str, seed: int, max_tokens: int) -> dict[str, Any]:
+    def template(s: Settings) -> dict[str, Any]:
         """Return the request. think would put the JSON elsewhere, truncate would cut the prompt in silence."""
-        options = {"temperature": s.temperature, "seed": seed, "num_predict": max_tokens, "num_ctx": s.context}
-        body = {"model": s.model, "prompt": prompt, "stream": True, "think": False, "truncate": False, "keep_alive": -1}
+        options = {"temperature": s.temperature, "seed": SEED, "num_predict": MAX_TOKENS, "num_ctx": s.context}
+        body = {"model": s.model, "prompt": PROMPT, "stream": True, "think": False, "truncate": False, "keep_alive": -1}
         shape = {"system": SYSTEM, "format": band_schema(s.max_tokens)} if s.prompting == "schema" else {}
         return body | shape | {"options": options}
 
     @staticmethod
     def read(line: bytes, answer: Answer) -> str:
         """Take one line into answer; return the text that it adds."""
-        part = json.loads(line)
-        if "error" in part:
-            raise BackendError(200, str(part["error"]))
+        part = load(line)
         if part.get("done") is True:
             answer.is_over, answer.finish, answer.model = True, part.get("done_reason"), part.get("model", "")
             answer.tokens = int(part.get("eval_count", answer.tokens))  # absent when 0, as all of these
@@ -377,18 +410,18 @@ class Ollama:
 class OpenAI:
     """The OpenAI-compatible /v1/chat/completions of llama.cpp, vLLM and others: server-sent events."""
 
-    kind, path, slots = "openai", "/v1/chat/completions", OTHER_SLOTS
+    kind, path, slots = "openai", "/v1/chat/completions", 16  # of servers that batch but do not say how many (vLLM)
 
     @staticmethod
-    def request(s: Settings, prompt: str, seed: int, max_tokens: int) -> dict[str, Any]:
+    def template(s: Settings) -> dict[str, Any]:
         """Return the request. llama.cpp reads a schema in just this place of response_format, and ignores the others."""
-        messages, shape = [{"role": "user", "content": prompt}], {}
+        messages, shape = [{"role": "user", "content": PROMPT}], {}
         if s.prompting == "schema":
             messages = [{"role": "system", "content": SYSTEM}, *messages]
             schema = {"name": "bands", "strict": True, "schema": band_schema(s.max_tokens)}
             shape = {"response_format": {"type": "json_schema", "json_schema": schema}}
         body = {"model": s.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        sampling = {"temperature": s.temperature, "seed": seed, "max_tokens": max_tokens}
+        sampling = {"temperature": s.temperature, "seed": SEED, "max_tokens": MAX_TOKENS}
         return body | shape | sampling | {"chat_template_kwargs": {"enable_thinking": False}}
 
     @staticmethod
@@ -398,9 +431,7 @@ class OpenAI:
         answer.is_over = kind == b"data" and data.strip() == b"[DONE]"
         if kind != b"data" or answer.is_over:
             return ""  # or a comment
-        part = json.loads(data)
-        if "error" in part:
-            raise BackendError(200, str(part["error"]))
+        part = load(data)
         usage, timings = part.get("usage") or {}, part.get("timings") or {}  # null but in the last events
         answer.model = part.get("model") or answer.model
         answer.tokens = int(usage.get("completion_tokens", answer.tokens))
@@ -414,56 +445,98 @@ class OpenAI:
 # --- backends -----------------------------------------------------------------
 
 
-class OneWrite(httpcore.AsyncNetworkStream):
-    """A connection that sends a request's head and body in one write.
+class Lane:
+    """One connection to a backend, kept from request to request: a slot's, or the probe's, which no slot can delay.
 
-    sshd before 10.1 leaves Nagle's algorithm on for forwards: a second small write would wait 40 ms for the first one's
-    acknowledgement. So what httpcore writes is kept until it turns to reading, which it does after the whole request.
+    A request's head and body leave in one write: sshd before 10.1 leaves Nagle's algorithm on for forwards, where a
+    second small write would wait 40 ms for the first one's acknowledgement.
     """
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
-        self._stream, self._unsent = stream, b""
-        self.aclose, self.get_extra_info = stream.aclose, stream.get_extra_info
+    def __init__(self, address: str) -> None:
+        self._address = address  # a Unix socket's path, or http://HOST:PORT
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._http = h11.Connection(h11.CLIENT)
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._unsent += buffer
+    def is_dropped(self) -> bool:
+        """Tell whether the other side closed the connection while it was idle."""
+        return self._writer is not None and self._reader.at_eof()
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        unsent, self._unsent = self._unsent, b""
-        await self._stream.write(unsent)  # does nothing where that is empty
-        return await self._stream.read(max_bytes, timeout)
+    def close(self) -> None:
+        """Break the connection off; the next request dials again."""
+        if self._writer:
+            self._writer.transport.abort()
+        self._writer = None
 
+    @contextlib.asynccontextmanager
+    async def ask(self, path: str, body: bytes = b"") -> AsyncIterator[None]:
+        """Send a request, a POST where there is a body; the block reads the answer, what it leaves is broken off.
 
-class Network(httpcore.AnyIOBackend):
-    """httpcore's own network, with OneWrite connections."""
+        Raises LinkLost, BackendError where the status is not 200, ValueError for what was compressed unasked.
+        """
+        # Ollama refuses a Host that is not its own machine's.
+        headers = [("Host", "localhost"), ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        request = h11.Request(method="POST" if body else "GET", target=path, headers=headers)
+        parts = (request, h11.Data(data=body), h11.EndOfMessage())
+        try:
+            is_kept = self._writer is not None and not self.is_dropped()
+            try:
+                head = await self._send(parts, not is_kept)
+            except LinkLost:
+                if not is_kept:
+                    raise
+                head = await self._send(parts, True)  # it was closed for idleness just as we wrote
+            if any(name == b"content-encoding" for name, _ in head.headers):
+                raise ValueError("compressed, though not asked to be")  # a bomb, perhaps
+            if head.status_code != 200:
+                raise as_failure(head.status_code, await self.read_all())
+            yield
+        finally:
+            if self._http.their_state is not h11.DONE or self._http.trailing_data[0]:
+                self.close()
 
-    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
-        return OneWrite(await super().connect_tcp(*args, **kwargs))
+    async def read(self) -> bytes:
+        """Return the next piece of the answer's body, nothing at its end. Raises LinkLost."""
+        event = await self._next() if self._http.their_state is h11.SEND_BODY else None
+        return bytes(event.data) if type(event) is h11.Data else b""
 
-    async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
-        return OneWrite(await super().connect_unix_socket(*args, **kwargs))
+    async def read_all(self) -> bytes:
+        """Return what is left of the answer's body, cut where it is longer than a line may be."""
+        body = b""
+        while len(body) <= LINE_LIMIT and (piece := await self.read()):
+            body += piece
+        return body
 
+    async def _send(self, parts: Iterable[Any], is_fresh: bool) -> h11.Response:
+        if is_fresh:
+            await self._dial()
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
+        self._writer.write(b"".join(map(self._http.send, parts)))
+        while type(head := await self._next()) is not h11.Response:
+            pass  # 100 and 103 only announce it
+        return head
 
-Lane = httpcore.AsyncConnectionPool  # of one connection: a slot's, or the probe's, so that no slot can delay a probe
+    async def _dial(self) -> None:
+        self.close()
+        host, _, port = self._address.removeprefix("http://").partition(":")
+        try:
+            with anyio.fail_after(PROBE_SECONDS):
+                if self._address[0] == "/":
+                    self._reader, self._writer = await asyncio.open_unix_connection(self._address)
+                else:
+                    self._reader, self._writer = await asyncio.open_connection(host, int(port or 80))
+        except TimeoutError:
+            raise LinkLost("silent_link") from None
+        except OSError:
+            raise LinkLost("no_tunnel") from None
 
-
-def is_dropped(lane: Lane) -> bool:
-    """Tell whether the other side closed a lane's connection while it was idle."""
-    return any(connection.is_idle() and connection.has_expired() for connection in lane.connections)
-
-
-def failing(status: int, body: bytes) -> str:
-    """Return why an answer to a probe means that the backend is of no use, blank if it is of use.
-
-    The guard at home says in a code what it is; llama.cpp answers 503 while it loads.
-    """
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        if status in (502, 503) and (code := json.loads(body)["error"]["code"]) in GUARD_CODES:
-            return code
-    return {200: "", 404: "unknown", 503: "warming"}.get(status, "no_model_server")
-
-
-GUARD_CODES = ("paused", "no_model_server")
+    async def _next(self) -> Any:
+        try:
+            while (event := self._http.next_event()) is h11.NEED_DATA:
+                self._http.receive_data(await self._reader.read(65536))
+        except (OSError, h11.RemoteProtocolError):
+            raise LinkLost("no_model_server") from None
+        return event
 
 
 class Backend:
@@ -473,19 +546,19 @@ class Backend:
     after every change; word is "up" or "down" where the log should tell of it, else None.
     """
 
-    def __init__(self, name: str, address: str, settings: Settings, on_change: Callable[..., None]) -> None:
-        self.name, self.settings, self._on_change = name, settings, on_change
+    def __init__(self, name: str, place: tuple[Any, ...], settings: Settings, on_change: Callable[..., None]) -> None:
+        self.name, self.place, self.settings, self._on_change = name, place, settings, on_change
         self.reason, self.since = "no_tunnel", time.time()  # the latter in epoch seconds
         self.dialect: type[Ollama] | type[OpenAI] | None = None
         self.kind, self.model, self.slots, self.tok_per_s = None, "", 0, 0.0  # the last a moving average
         self.jobs: set[Job] = set()
         self.idle: list[Lane] = []  # free slots; the last used on top, so that few connections are needed
-        self._heard_at = 0.0  # monotonic; when bytes last came
+        self._heard_at = 0.0  # monotonic; when bytes of a job last came
         self._is_warm = self._is_told_up = False  # weights are loaded; what the log said last
-        self._base, self._uds = ("http://localhost", address) if address[0] == "/" else (address, None)
-        self._prober, self._probe_path, self._lanes = self._lane(), "", []
+        self._prober, self._probe_path, self._template = Lane(place[0]), "", ""
+        self._lanes: list[Lane] = []
         self._wake = asyncio.Event()
-        self.life = asyncio.create_task(self._live())
+        self._life = asyncio.create_task(self._live())
 
     def as_json(self) -> dict[str, Any]:
         """Return its entry in /health."""
@@ -495,12 +568,13 @@ class Backend:
 
     def doubt(self, reason: str) -> None:
         """Take a job's word that the link is lost: no more jobs until the probe, asked now, has answered."""
-        self.reason = self.reason or reason
-        self._wake.set()
+        if not self.reason:
+            self.reason = reason
+            self._wake.set()
 
     def check_idle(self) -> None:
         """Probe now where the probe's idle connection was closed: most likely ssh is gone."""
-        if not self.reason and is_dropped(self._prober):
+        if not self.reason and self._prober.is_dropped():
             self._wake.set()
 
     def release(self, lane: Lane) -> None:
@@ -508,117 +582,104 @@ class Backend:
         if lane in self._lanes:
             self.idle.append(lane)
 
-    def _lane(self) -> Lane:
-        return httpcore.AsyncConnectionPool(max_connections=1, uds=self._uds, network_backend=Network())
-
-    @contextlib.asynccontextmanager
-    async def _ask(self, lane: Lane, path: str, body: Any = None) -> AsyncIterator[httpcore.Response]:
-        """Send a request, a POST where there is a body; give the response once its head is there. Raises LinkLost."""
-        method, content = ("GET", None) if body is None else ("POST", ENCODE(body).encode())
-        # Ollama refuses a Host that is not its own machine's; what is not asked for compressed cannot be a bomb.
-        headers = {"Host": "localhost", "Accept-Encoding": "identity", "Content-Type": "application/json"}
-        options = {"headers": headers, "content": content, "extensions": {"timeout": {"connect": PROBE_SECONDS}}}
-        try:
-            async with lane.stream(method, self._base + path, **options) as response:
-                self._heard_at = time.monotonic()
-                yield response
-        except httpcore.ConnectTimeout:
-            raise LinkLost("silent_link") from None
-        except httpcore.ConnectError:
-            raise LinkLost("no_tunnel") from None
-        except (httpcore.NetworkError, httpcore.ProtocolError):
-            raise LinkLost("no_model_server") from None
-
-    async def _get(self, path: str, lane: Lane | None = None) -> tuple[str, bytes]:
-        """Return the verdict of failing() on what path answers, and the answer."""
-        async with self._ask(lane or self._prober, path) as response:
-            body = await read_capped(response)
-            return failing(response.status, body), body
+    def leave(self) -> None:
+        """End, since its socket is gone or was made anew."""
+        self._life.cancel()
+        self._fall("no_tunnel")
 
     async def _live(self) -> None:
         """Probe until cancelled, as often as the last answer asks for."""
-        try:
-            while True:
-                wait = await self._look()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), wait)
-                self._wake.clear()
-        finally:
-            await self._fall("no_tunnel")
+        while True:
+            try:
+                await self._look()
+            except Exception as failure:  # whatever a model server says, the probing goes on
+                if not isinstance(failure, (LinkLost, BackendError, ValueError)):
+                    log.exception("backend %s: a probe failed", self.name)
+                loads = isinstance(failure, BackendError) and failure.args[0] == 503  # as llama.cpp says it
+                self._fall(str(failure) if isinstance(failure, LinkLost) else "warming" if loads else "no_model_server")
+            with anyio.move_on_after(HANG_EVERY if self.reason == "silent_link" else PROBE_EVERY):
+                await self._wake.wait()
+            self._wake.clear()
 
-    async def _look(self) -> float:
-        """Probe, act on the answer, and return the seconds until the next probe."""
-        reason = await self._probe()
-        if reason == "silent_link" and self._is_warm:
-            reason = await self._probe()  # again at once: one lost packet must not take a GPU down
-        if not reason and not self._is_warm:
+    async def _look(self) -> None:
+        """Probe, and warm what was down; raise why it is of no use."""
+        try:
+            await self._probe()
+        except LinkLost as lost:
+            if str(lost) != "silent_link" or not self._is_warm:
+                raise
+            await self._probe()  # again at once: one lost packet must not take a GPU down
+        if not self._is_warm:
             if self.reason != "model_missing":  # else it would flicker while we look whether the model has come
                 self._become("warming")
-            reason = await self._warm()
-        if reason:
-            await self._fall(reason)
-            return HANG_EVERY if reason == "silent_link" else PROBE_EVERY
+            await self._warm()
         self._become("")
         with anyio.move_on_after(PROBE_SECONDS):  # what was closed while idle is opened now: one round trip less later
-            closed = [self._get(self._probe_path, lane) for lane in self.idle if is_dropped(lane)]
+            closed = [self._get(self._probe_path, lane) for lane in self.idle if lane.is_dropped()]
             await asyncio.gather(*closed, return_exceptions=True)
-        return PROBE_EVERY
 
-    async def _probe(self) -> str:
-        """Ask whether the backend lives; return why not, blank if it does. A job's bytes that come meanwhile will do."""
+    async def _get(self, path: str, lane: Lane | None = None) -> bytes:
+        lane = lane or self._prober
+        async with lane.ask(path):
+            return await lane.read_all()
+
+    async def _probe(self) -> None:
+        """Ask whether the backend lives; raise why not. A job's bytes that come meanwhile will do."""
         asked = time.monotonic()
         try:
             with anyio.fail_after(PROBE_SECONDS):
-                return (await self._get(self._probe_path))[0] if self.dialect else await self._find_dialect()
+                await (self._get(self._probe_path) if self.dialect else self._find_dialect())
         except TimeoutError:
-            return "" if self._heard_at > asked and self.dialect else "silent_link"
-        except LinkLost as lost:
-            return str(lost)
+            if self._heard_at < asked or not self.dialect:
+                raise LinkLost("silent_link") from None
 
-    async def _find_dialect(self) -> str:
-        """Find out by asking what is spoken, and how many slots there are; return why it is of no use, blank if it is."""
-        reason, body = await self._get("/api/version")
-        dialect, kind, slots, self._probe_path = Ollama, Ollama.kind, Ollama.slots, "/api/version"
-        if reason in ("", "unknown") and b'"version"' not in body:
-            dialect, kind, slots, self._probe_path = OpenAI, OpenAI.kind, OpenAI.slots, "/health"
-            reason, _ = await self._get(self._probe_path)
-            if reason == "unknown":
-                self._probe_path = "/v1/models"
-                reason, _ = await self._get(self._probe_path)
-        if reason:
-            return "no_model_server" if reason == "unknown" else reason
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if dialect is OpenAI:
-                slots, kind = int(json.loads((await self._get("/props"))[1])["total_slots"]), "llama.cpp"
-        self.dialect, self.kind, self.slots = dialect, kind, self.settings.slots or max(1, min(256, slots))
-        self._lanes = [self._lane() for _ in range(self.slots)]
+    async def _find_dialect(self) -> None:
+        """Find out by asking what is spoken, and how many slots there are."""
+        for path, dialect in (("/api/version", Ollama), ("/health", OpenAI), ("/v1/models", OpenAI)):
+            try:
+                body = await self._get(path)
+            except BackendError as failure:
+                if failure.args[0] != 404:
+                    raise
+            else:
+                if dialect is OpenAI or b'"version"' in body:
+                    break
+        else:
+            raise LinkLost("no_model_server")
+        slots, self.kind = dialect.slots, dialect.kind
+        if dialect is OpenAI:
+            with contextlib.suppress(BackendError, ValueError, TypeError, KeyError):
+                slots, self.kind = int(json.loads(await self._get("/props"))["total_slots"]), "llama.cpp"
+        self.dialect, self._probe_path, self._template = dialect, path, ENCODE(dialect.template(self.settings))
+        self.slots = self.settings.slots or max(1, min(256, slots))
+        self._lanes = [Lane(self.place[0]) for _ in range(self.slots)]
         self.idle = self._lanes[:]
-        return ""
 
-    async def _warm(self) -> str:
+    async def _warm(self) -> None:
         """Generate one token as real traffic would, so that weights and prefix are in memory before a visitor comes."""
         answer = Answer()
         try:
             with anyio.fail_after(WARM_SECONDS):
                 await self.generate(self.idle[-1], "warm", self.settings.seed, answer, max_tokens=1)
+        except TimeoutError:
+            raise LinkLost("silent_link") from None
         except BackendError as failure:
+            if failure.args[0] == 503:
+                raise
             if self.reason != "model_missing":
                 log.warning("backend %s: the model does not answer: %s", self.name, failure)
-            return "model_missing"
-        except (LinkLost, TimeoutError, ValueError) as failure:
-            return str(failure) if isinstance(failure, LinkLost) else "silent_link"
+            raise LinkLost("model_missing") from None
         self.model, self._is_warm = answer.model, True
-        return ""
 
-    async def _fall(self, reason: str) -> None:
+    def _fall(self, reason: str) -> None:
         """Go down for reason; every job running here is told that its link is lost."""
         self._become(reason)
         for job in list(self.jobs):
             job.stop(LinkLost(reason))
-        lanes, self._prober, self._lanes, self.idle = [self._prober, *self._lanes], self._lane(), [], []
+        for lane in [self._prober, *self._lanes]:
+            lane.close()
+        self._lanes, self.idle = [], []
         self.dialect, self._is_warm = None, False  # another model server may stand there when it comes back
-        for lane in lanes:
-            await lane.aclose()
 
     def _become(self, reason: str) -> None:
         told = None
@@ -638,110 +699,41 @@ class Backend:
         """
         if self.dialect is None:
             raise LinkLost(self.reason)
-        request = self.dialect.request(self.settings, prompt, seed, max_tokens or self.settings.max_tokens)
-        async with self._ask(lane, self.dialect.path, request) as response:
-            if response.status != 200:
-                body = await read_capped(response)
-                if (reason := failing(response.status, body)) in GUARD_CODES and response.status in (502, 503):
-                    raise LinkLost(reason)
-                raise BackendError(response.status, body[:4096].decode("utf-8", "replace"))
-            with anyio.CancelScope() as ending:
-                async for line in lines(response):
-                    self._heard_at = time.monotonic()
-                    if answer.is_over:
-                        continue  # to the last chunk, so that the lane stays open
-                    try:
-                        text = self.dialect.read(line, answer)
-                        answer.text += text
-                    except (AttributeError, TypeError, OverflowError, RecursionError, LookupError) as exc:
-                        raise ValueError(f"not {self.kind}'s: {exc}") from None
-                    if len(answer.text) > ANSWER_LIMIT:
-                        raise ValueError(f"an answer over {ANSWER_LIMIT} characters")
-                    answer.tokens += 1 if text and not answer.is_over else 0  # until the backend says how many
-                    if job and text:
-                        job.hear(text)
-                    if job and answer.is_over:
-                        job.conclude(answer)
-                        ending.deadline = anyio.current_time() + 1  # s
-            if job and not answer.is_over:
+        request, rest = fill(self._template, prompt, seed, max_tokens or self.settings.max_tokens), b""
+        async with lane.ask(self.dialect.path, request):
+            while not answer.is_over and (piece := await lane.read()):
+                self._heard_at = time.monotonic()
+                *lines, rest = (rest + piece).split(b"\n")
+                if len(rest) > LINE_LIMIT:
+                    raise ValueError(f"a line over {LINE_LIMIT} bytes")
+                for line in lines:
+                    self._take(line, answer, job)
+            self._take(rest, answer, job)
+            if job:
                 job.conclude(answer)
+            with anyio.move_on_after(1):  # s; to the last chunk, so that the lane stays open
+                await lane.read_all()
 
-
-async def read_capped(response: httpcore.Response) -> bytes:
-    """Return a response's body, cut where it is longer than a line may be."""
-    body = b""
-    async for chunk in response.aiter_stream():
-        body += chunk
-        if len(body) > LINE_LIMIT:
-            break
-    return body
-
-
-async def lines(response: httpcore.Response) -> AsyncIterator[bytes]:
-    """Yield a response's lines that are not blank; split at newlines, since a read may end anywhere."""
-    if any(name.lower() == b"content-encoding" for name, _ in response.headers):
-        raise ValueError("compressed, though asked not to be")  # a bomb, perhaps
-    rest = b""
-    async for chunk in response.aiter_stream():
-        *whole, rest = (rest + chunk).split(b"\n")
-        if len(rest) > LINE_LIMIT:
-            raise ValueError(f"a line over {LINE_LIMIT} bytes")
-        for line in whole:
-            if line.strip():
-                yield line
-    if rest.strip():
-        yield rest
-
-
-class Backends:
-    """All backends: those of --backend, and one for each socket in the folder, where a tunnel joins by dialling in."""
-
-    def __init__(self, settings: Settings, on_change: Callable[..., None]) -> None:
-        self.settings, self._on_change = settings, on_change
-        self._named: dict[str, tuple[Any, Backend]] = {}  # name: (what its socket is now, backend)
-        self._urls = {url[7:]: (None, url) for url in settings.backend if url != "none"}
-
-    def __iter__(self) -> Iterator[Backend]:
-        return iter([backend for _, (_, backend) in sorted(self._named.items())])
-
-    def look(self) -> None:
-        """See who came, who went, and whose socket was made anew, which is a tunnel that dialled again: another backend."""
-        seen: dict[str, tuple[Any, str]] = dict(self._urls)
-        with contextlib.suppress(OSError), os.scandir(self.settings.backend_dir) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    if entry.name.endswith(".sock"):
-                        status = entry.stat()
-                        seen[entry.name[:-5]] = (status.st_ino, status.st_ctime_ns), os.path.abspath(entry.path)
-        for name, (mark, backend) in list(self._named.items()):
-            if name not in seen or seen[name][0] != mark:
-                del self._named[name]
-                backend.life.cancel()
-        for name, (mark, address) in seen.items():
-            if name not in self._named:
-                self._named[name] = mark, Backend(name, address, self.settings, self._on_change)
-            self._named[name][1].check_idle()
-
-    def up(self) -> list[Backend]:
-        """Return the backends that take jobs."""
-        return [backend for _, backend in self._named.values() if not backend.reason]
-
-    def free(self) -> Backend | None:
-        """Return who gets the next job: with a slot free, the one with the fewest running, then the fastest; or None."""
-        free = (backend for backend in self.up() if backend.idle)
-        return min(free, key=lambda backend: (len(backend.jobs), -backend.tok_per_s), default=None)
-
-    def status(self) -> tuple[str, str | None]:
-        """Return the word of /health, and when it is offline the reason: of all backends', the one nearest to working."""
-        if self.up():
-            return ("ok" if self.free() else "busy"), None
-        reasons = {backend.reason for backend in self}
-        order = ("warming", "paused", "model_missing", "no_model_server", "silent_link")
-        reason = next((reason for reason in order if reason in reasons), "no_tunnel")
-        return ("warming", None) if reason == "warming" else ("offline", reason)
+    def _take(self, line: bytes, answer: Answer, job: Job | None) -> None:
+        """Take one line of an answer, and hand on the text that it adds."""
+        if answer.is_over or not line.strip() or self.dialect is None:
+            return
+        try:
+            text = self.dialect.read(line, answer)
+            answer.text += text
+        except (AttributeError, TypeError, ArithmeticError, RecursionError, LookupError) as exc:
+            raise ValueError(f"not {self.kind}'s: {exc}") from None
+        if len(answer.text) > ANSWER_LIMIT:
+            raise ValueError(f"an answer over {ANSWER_LIMIT} characters")
+        answer.tokens += 1 if text and not answer.is_over else 0  # until the backend says how many
+        if job and text:
+            job.hear(text)
 
 
 # --- jobs ---------------------------------------------------------------------
+
+METRICS = ("tokens", "gen_time", "tok_per_s", "backend", "model", "ttft", "prompt_tokens", "eval_tok_per_s")
+STREAM_METRICS = ("tokens", "gen_time", "tok_per_s", "ttft", "queue_time", "cache", "backend")
 
 
 def event(name: str, data: Any) -> bytes:
@@ -753,21 +745,21 @@ class Job:
     """One generation, with a log of events that any number of readers replay from its start.
 
     A stream, a plain answer (a reader that waits for the end), two clients with one prompt and a hit (a job that has
-    ended) are all readers of a job. The log is the bytes of the stream itself; it begins anew, as another attempt, when
-    the job does, which happens only while no reader was handed a delta.
+    ended) are all readers of a job. The log is the bytes of the stream itself; it begins anew when the job's place in
+    the queue changes or the job starts again, which it does only while no reader was handed a delta.
     """
 
     def __init__(self, prompt: str, on_end: Callable[[Job], None] = lambda job: None) -> None:
         self.prompt, self._on_end = prompt, on_end
         self.readers: set[Reader] = set()
-        self.position = self.attempt = self.restarts = 0  # position in the queue: 1 is next, 0 not waiting
+        self.position, self.has_restarted = 0, False  # position in the queue, as the log says: 1 is next
         self.log, self.shown, self._begun = bytearray(), False, 0  # shown: a reader was handed a delta
         self.waits_since = time.monotonic()
         self.started_at = self.heard_at = self.ended_at = 0.0  # monotonic; 0 until then
         self.task: asyncio.Task[None] | None = None
         self.why_stopped: Exception | None = None
         self.failure: Refusal | None = None
-        self.sinc = b""  # the document, once validated
+        self.sinc, self.size = b"", 0  # the document, once validated; bytes in the cache
         self.metrics: dict[str, Any] = dict.fromkeys(METRICS)
 
     def wake(self) -> None:
@@ -776,22 +768,20 @@ class Job:
             if reader.streams or self.ended_at:
                 reader.wake.set()
 
-    def reset(self) -> None:
-        """Empty the log, before the job begins again."""
-        self.attempt += 1
-        self.log, self._bands, self._texts = bytearray(), BandReader(), [""] * len(BANDS)
+    def begin(self, name: str, data: Mapping[str, Any]) -> None:
+        """Begin the log, or begin it anew, with an event."""
+        self.log = bytearray(event(name, data))
+        self._begun, self._bands, self._texts = len(self.log), BandReader(), [""] * len(BANDS)
         self.metrics = dict.fromkeys(METRICS)
+        self.wake()
 
     def start(self, backend: Backend) -> None:
-        """Begin, or begin again, on backend."""
-        self.reset()
-        self.position, self.why_stopped = 0, None
-        self.started_at = self.heard_at = time.monotonic()
+        """Start, or start again, on backend."""
+        self.position, self.started_at = 0, time.monotonic()
+        self.heard_at = self.started_at
         where = {"backend": backend.name, "model": backend.model}
+        self.begin("started", where)
         self.metrics |= where
-        self.log += event("started", where)
-        self._begun = len(self.log)
-        self.wake()
 
     def hear(self, text: str) -> None:
         """Take a piece of the model's text: what it adds to the bands becomes deltas."""
@@ -805,7 +795,7 @@ class Job:
 
     def _add(self, n: int, x: str) -> None:
         self._texts[n] += x
-        self.log += b'event: delta\ndata: {"n":%d,"x":%s}\n\n' % (n, ENCODE(x).encode())
+        self.log += event("delta", {"n": n, "x": x})
 
     def read(self, offset: int) -> bytes:
         """Hand the log from offset on to a reader."""
@@ -842,7 +832,8 @@ class Job:
 
     def end(self, failure: Refusal | None = None) -> None:
         """End, without a document where there is a failure."""
-        self.failure, self.ended_at, self.position = failure, time.monotonic(), 0
+        self.failure, self.ended_at = failure, time.monotonic()
+        self.log += event("error", failure.body) if failure else b""
         self._on_end(self)
         self.wake()
 
@@ -851,11 +842,8 @@ class Job:
         hit = Job(self.prompt)
         hit.sinc, hit.metrics, hit.ended_at = self.sinc, self.metrics, self.ended_at
         hit.log = bytearray().join(event("delta", {"n": n, "x": x}) for n, x in enumerate(self._texts))
+        hit.size = len(hit.log) + len(hit.sinc) + 4 * len(hit.prompt) + 3000  # the last: its objects, measured
         return hit
-
-
-METRICS = ("tokens", "gen_time", "tok_per_s", "backend", "model", "ttft", "prompt_tokens", "eval_tok_per_s")
-STREAM_METRICS = ("tokens", "gen_time", "tok_per_s", "ttft", "queue_time", "cache", "backend")
 
 
 class Reader:
@@ -863,34 +851,34 @@ class Reader:
 
     def __init__(self, job: Job, cache: str, streams: bool) -> None:
         self.job, self.cache, self.streams = job, cache, streams
-        self.wake, self.is_gone, self.wants_comment = asyncio.Event(), False, False  # is_gone: the client left
+        self.wake, self.is_gone = asyncio.Event(), False  # is_gone: the client left
         self.sent_at = self.asked_at = time.monotonic()
-        self._attempt = self._offset = self._position = 0
+        self._log, self._offset = job.log, 0
         job.readers.add(self)
 
+    async def watch(self, receive: Receive) -> None:
+        """Wait for the client to leave."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.is_gone = True
+        self.wake.set()
+
     def next_bytes(self) -> bytes:
-        """Return what there is to say and was not said yet: of a stream its events, else the document at the end."""
-        job, said = self.job, b""
+        """Return what there is to say and was not said yet; of a plain answer all of it, at the end.
+
+        A stream that is woken while there is nothing to say sends a comment: every COMMENT_EVERY the clock does so.
+        """
         if not self.streams:
-            return b'{"sinc":%s}' % job.sinc if job.sinc else b""
-        if job.position not in (0, self._position):
-            said = event("queued", {"position": job.position})
-        self._position = job.position
-        if self._attempt != job.attempt:
-            self._attempt, self._offset = job.attempt, 0
-        if self._offset < len(job.log):
-            said += job.read(self._offset)
-            self._offset = len(job.log)
-        if job.failure:
-            said += event("error", job.failure.body)
-        elif job.ended_at:
+            return b'{"sinc":%s}' % self.job.sinc if self.job.sinc else b""
+        if self._log is not self.job.log:
+            self._log, self._offset = self.job.log, 0
+        said = self.job.read(self._offset)
+        self._offset += len(said)
+        if self.job.sinc:
             metrics = self.metrics()
             told = {name: metrics[name] for name in STREAM_METRICS}
-            said += b'event: done\ndata: {"sinc":%s,"metrics":%s}\n\n' % (job.sinc, ENCODE(told).encode())
-        elif self.wants_comment and not said:
-            said = b": still here\n\n"
-        self.wants_comment = False
-        return said
+            said += b'event: done\ndata: {"sinc":%s,"metrics":%s}\n\n' % (self.job.sinc, ENCODE(told).encode())
+        return said or b": still here\n\n"
 
     def metrics(self) -> dict[str, Any]:
         """Return the numbers of this reader's call: the generation's own, and its own time in the queue, in seconds."""
@@ -903,20 +891,64 @@ class Reader:
 
 
 class Queue:
-    """Who runs, who waits, and in which order: first in, first out, bounded, since nobody else in the chain is.
+    """Who runs where, who waits, and in which order: first in, first out, bounded, since nobody else in the chain is.
 
     Nothing here blocks: every change (a job came, a slot came free, a backend came up) ends in dispatch().
     """
 
-    def __init__(self, settings: Settings, backends: Backends, stats: Stats) -> None:
-        self.settings, self.backends, self.stats = settings, backends, stats
+    def __init__(self, settings: Settings, stats: Stats, log_file: LogFile) -> None:
+        self.settings, self.stats, self._log_file = settings, stats, log_file
+        self.backends: dict[str, Backend] = {}  # by name
         self.running: set[Job] = set()
         self.waiting: deque[Job] = deque()
-        self.is_draining = False
+        self._drains_until = 0.0  # monotonic; 0 until asked to stop
         self._active: dict[str, Job] = {}  # running and waiting, by prompt
         self._kept: OrderedDict[str, Job] = OrderedDict()  # finished, by prompt; the least recently used first
         self._kept_size = 0  # bytes
         self._models: dict[str, str] = {}  # the model that answered last, by backend
+
+    def look(self) -> None:
+        """See who came, who went, and whose socket was made anew: a tunnel that dialled again, so another backend."""
+        seen: dict[str, tuple[Any, ...]] = {url[7:]: (url,) for url in self.settings.backend if url != "none"}
+        with contextlib.suppress(OSError), os.scandir(self.settings.backend_dir) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.name.endswith(".sock"):
+                        status = entry.stat()
+                        seen[entry.name[:-5]] = os.path.abspath(entry.path), status.st_ino, status.st_ctime_ns
+        for name in [name for name, backend in self.backends.items() if backend.place != seen.get(name)]:
+            self.backends.pop(name).leave()
+        for name, place in seen.items():
+            if name not in self.backends:
+                self.backends[name] = Backend(name, place, self.settings, self._changed)
+            self.backends[name].check_idle()
+
+    def _changed(self, backend: Backend, told: str | None) -> None:
+        """Follow a backend's change: one log line where it went up or down, and work for slots that came free."""
+        if told:
+            reason = backend.reason or None
+            log.info("backend %s is %s%s", backend.name, told, f": {reason}" if reason else "")
+            self._log_file.write({"ts": round(time.time(), 3), "event": told, "backend": backend.name, "reason": reason})
+        self._see_model(backend)
+        self.dispatch()
+
+    def up(self) -> list[Backend]:
+        """Return the backends that take jobs."""
+        return [backend for backend in self.backends.values() if not backend.reason]
+
+    def free(self) -> Backend | None:
+        """Return who gets the next job: with a slot free, the one with the fewest running, then the fastest; or None."""
+        free = (backend for backend in self.up() if backend.idle)
+        return min(free, key=lambda backend: (len(backend.jobs), -backend.tok_per_s), default=None)
+
+    def status(self) -> tuple[str, str]:
+        """Return the word of /health, and when it is offline the reason: of all backends', the one nearest to working."""
+        if self.up():
+            return ("ok" if self.free() else "busy"), ""
+        reasons = {backend.reason for backend in self.backends.values()}
+        order = ("warming", "paused", "model_missing", "no_model_server", "silent_link")
+        reason = next((reason for reason in order if reason in reasons), "no_tunnel")
+        return ("warming", "") if reason == "warming" else ("offline", reason)
 
     def read(self, prompt: str, streams: bool) -> Reader:
         """Return a reader of the job for prompt: a kept one, one under way, or a new one. Raises Refusal."""
@@ -924,11 +956,11 @@ class Queue:
             return Reader(job, "hit", streams)
         if job := self._active.get(prompt):
             return Reader(job, "joined", streams)
-        if self.is_draining:
+        if self._drains_until:
             raise Refusal("stopping", 2)
-        if not self.backends.up():
+        if not self.up():
             raise Refusal("model_offline", 5)
-        if len(self.waiting) >= self.settings.queue and not self.backends.free():
+        if len(self.waiting) >= self.settings.queue and not self.free():
             raise self._busy()
         job = self._active[prompt] = Job(prompt, self._ended)
         reader = Reader(job, "miss", streams)
@@ -946,7 +978,7 @@ class Queue:
 
     def _busy(self) -> Refusal:
         """Return a refusal that says when, at the measured pace, the queue will have passed."""
-        slots = sum(backend.slots for backend in self.backends.up()) or 1
+        slots = sum(backend.slots for backend in self.up()) or 1
         return Refusal("busy", max(1, min(120, round(self.stats.typical_seconds() * (len(self.waiting) + 1) / slots))))
 
     def leave(self, reader: Reader) -> None:
@@ -965,7 +997,7 @@ class Queue:
 
     def dispatch(self) -> None:
         """Give free slots to the jobs that wait, in order, and tell the others where they stand."""
-        while self.waiting and (backend := self.backends.free()):
+        while self.waiting and (backend := self.free()):
             job, lane = self.waiting.popleft(), backend.idle.pop()
             self.running.add(job)
             backend.jobs.add(job)
@@ -976,7 +1008,7 @@ class Queue:
         for position, job in enumerate(self.waiting, 1):
             if job.position != position:
                 job.position = position
-                job.wake()
+                job.begin("queued", {"position": position})
 
     async def _work(self, job: Job, backend: Backend, lane: Lane) -> None:
         """Generate; again with another seed where the answer is no document and no reader has seen any of it."""
@@ -996,16 +1028,16 @@ class Queue:
         self.running.discard(job)
         backend.jobs.discard(job)
         backend.release(lane)
-        failure = (job.why_stopped or Refusal("cancelled")) if task.cancelled() else task.exception()
+        failure = (job.why_stopped or Refusal("stopping", 2)) if task.cancelled() else task.exception()
+        may_restart = bool(job.readers) and not (job.shown or job.has_restarted or self._drains_until)
         if isinstance(failure, LinkLost):
             backend.doubt(str(failure))
         if job.sinc:
             speed = job.metrics["tok_per_s"]
             backend.tok_per_s, backend.model = 0.2 * speed + 0.8 * (backend.tok_per_s or speed), job.metrics["model"]
-            self.see_model(backend)
-        elif isinstance(failure, LinkLost) and not (job.shown or job.restarts or self.is_draining) and self.backends.up():
-            job.reset()  # it starts again on another backend, once
-            job.restarts, job.waits_since = 1, time.monotonic()
+            self._see_model(backend)
+        elif isinstance(failure, LinkLost) and may_restart and self.up():
+            job.has_restarted, job.why_stopped, job.waits_since = True, None, time.monotonic()
             self.waiting.appendleft(job)
         elif not job.ended_at:
             job.end(as_refusal(failure, backend))
@@ -1017,40 +1049,41 @@ class Queue:
         if job.sinc:
             self.stats.document(job.metrics)
             hit = job.as_hit()  # another job: the readers of this one replay the log that they began with
-            hit.size = len(hit.log) + len(hit.sinc) + 4 * len(hit.prompt) + 3000  # bytes; the last: objects, measured
             self._kept[job.prompt] = hit
             self._kept_size += hit.size
             while self._kept_size > self.settings.cache * 1024 * 1024:
                 self._kept_size -= self._kept.popitem(last=False)[1].size
 
-    def see_model(self, backend: Backend) -> None:
+    def _see_model(self, backend: Backend) -> None:
         """Forget all documents where a backend's model is not the one that it had before."""
         if backend.model and self._models.setdefault(backend.name, backend.model) != backend.model:
             self._models[backend.name], self._kept_size = backend.model, 0
             self._kept.clear()
 
     def tick(self, now: float) -> None:
-        """Hold the time limits: of waiting, of running, of a stream's silence. now is monotonic, in seconds."""
+        """Look at the folder, and hold the time limits: of waiting, of running, of a stream's silence."""
+        self.look()
+        self.stats.tick(bool(self.up()))
         for job in [job for job in self.waiting if now - job.waits_since > self.settings.queue_seconds]:
             self.waiting.remove(job)
-            job.end(self._busy() if self.backends.up() else Refusal("model_offline", 5))
+            job.end(self._busy() if self.up() else Refusal("model_offline", 5))
         self.dispatch()
         for job in [job for job in self.running if job.is_late(now)]:
             job.stop(Refusal("timed_out"))
         for reader in [reader for job in [*self.running, *self.waiting] for reader in job.readers]:
             if reader.streams and now - reader.sent_at > COMMENT_EVERY:
-                reader.wants_comment = True
                 reader.wake.set()
 
-    async def drain(self) -> None:
-        """Refuse new work, tell the queued, let running jobs finish for DRAIN_SECONDS, then end them."""
-        self.is_draining = True
-        while self.waiting:
-            self.waiting.popleft().end(Refusal("stopping", 2))
-        if self.running:
-            await asyncio.wait([job.task for job in self.running if job.task], timeout=DRAIN_SECONDS)
-        for job in list(self.running):
+    def drain(self, now: float) -> bool:
+        """Refuse new work, tell the queued, let running jobs finish for DRAIN_SECONDS; return whether none runs."""
+        if not self._drains_until:
+            self._drains_until = now + DRAIN_SECONDS
+            log.info("stopping: %d running jobs may end, for %.0f s", len(self.running), DRAIN_SECONDS)
+            while self.waiting:
+                self.waiting.popleft().end(Refusal("stopping", 2))
+        for job in self.running if now > self._drains_until else ():
             job.stop(Refusal("stopping", 2))
+        return not self.running
 
 
 # How Ollama ("exceeds the context length"), llama.cpp ("exceeds the available context size") and vLLM ("maximum context
@@ -1058,7 +1091,7 @@ class Queue:
 TOO_LONG = re.compile(r"context (length|size|window)|exceed_context_size|prompt (is )?too long", re.IGNORECASE)
 
 
-def as_refusal(failure: BaseException, backend: Backend) -> Refusal:
+def as_refusal(failure: BaseException | None, backend: Backend) -> Refusal:
     """Return what the clients of a failed job are told; what they are not told goes to the operator."""
     if isinstance(failure, Refusal):
         return failure
@@ -1129,16 +1162,17 @@ class Stats:
     def __init__(self) -> None:
         self.since, self.tokens = time.time(), 0
         self.codes: Counter[str] = Counter()
-        self.cache: Counter[str] = Counter()
-        self.recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
+        self.cache = {"miss": 0, "joined": 0, "hit": 0}  # where the documents came from
+        self.recent: deque[dict[str, float]] = deque(maxlen=1000)  # documents
         self.buckets = {"generation": [0] * 15, "time_to_first_token": [0] * 15}
         self.sums: Counter[str] = Counter()
-        self.minutes: deque[list[int]] = deque([[0, 0]], maxlen=24 * 60)  # of the last day: [ticks, those with a backend up]
+        self.minutes = deque([[0, 0]], maxlen=24 * 60)  # of the last day: [ticks, those with a backend up]
 
     def request(self, code: str, cache: str | None) -> None:
         """Count an answer, and where a document came from."""
         self.codes[code] += 1
-        self.cache[cache] += code == "ok"
+        if code == "ok" and cache:
+            self.cache[cache] += 1
 
     def document(self, metrics: Mapping[str, Any]) -> None:
         """Count a finished generation."""
@@ -1162,50 +1196,136 @@ class Stats:
 
     def as_json(self) -> dict[str, Any]:
         """Return what /stats answers."""
-        columns = {name: [row[name] for row in self.recent] for name in ("elapsed", "ttft", "tok_per_s")}
+        columns = {name: [row[name] for row in self.recent] for name in NUMBERS}
         ticks, up = map(sum, zip(*self.minutes))
         told = {"version": VERSION, "since": round(self.since, 3), "documents": len(self.recent)}
         told |= {name: percentiles(values) for name, values in columns.items()}
         told |= {"histogram": histogram(columns["elapsed"]), "recent": list(self.recent)[-60:]}
-        told |= {"cache": {word: self.cache[word] for word in ("miss", "joined", "hit")}, "codes": dict(self.codes)}
-        share = self.cache["hit"] / (self.cache.total() or 1)
-        return told | {"hit_share": round(share, 4), "availability": round(up / (ticks or 1), 5)}
+        share = self.cache["hit"] / (sum(self.cache.values()) or 1)
+        told |= {"cache": self.cache, "codes": dict(self.codes), "hit_share": round(share, 4)}
+        return told | {"availability": round(up / (ticks or 1), 5)}
 
 
-def prometheus(stats: Stats, queue: Queue, backends: Backends, lost: int) -> str:
+NUMBERS = ("elapsed", "ttft", "tok_per_s")  # s, s, tokens a second: what is told as a distribution
+
+
+def prometheus(stats: Stats, queue: Queue, lost: int) -> str:
     """Return /metrics in Prometheus's text format 0.0.4."""
-    use, page = resource.getrusage(resource.RUSAGE_SELF), resource.getpagesize()
     rows: list[str] = []
 
-    def metric(name: str, kind: str, text: str, samples: Mapping[str, float]) -> None:
-        rows.extend([f"# HELP {name} {text}", f"# TYPE {name} {kind}", *(f"{name}{k} {v}" for k, v in samples.items())])
+    def metric(name: str, kind: str, text: str, values: Mapping[str, float] | float, label: str = "") -> None:
+        rows.extend([f"# HELP {name} {text}", f"# TYPE {name} {kind}"])
+        labelled = values.items() if isinstance(values, Mapping) else [("", values)]
+        rows.extend(f"{name}{{{label}={ENCODE(k)}}} {v}" if label else f"{name}{k} {v}" for k, v in labelled)
 
-    def by(label: str, values: Mapping[str, float]) -> dict[str, float]:
-        return {f"{{{label}={ENCODE(key)}}}": value for key, value in values.items()}  # escapes as JSON does
-
-    metric("scatter_requests_total", "counter", "Prompts answered.", by("code", stats.codes))
-    metric("scatter_cache_total", "counter", "Documents answered.", by("result", stats.as_json()["cache"]))
-    metric("scatter_tokens_total", "counter", "Tokens generated.", {"": stats.tokens})
-    metric("scatter_queue_waiting", "gauge", "Jobs that wait for a slot.", {"": len(queue.waiting)})
-    metric("scatter_queue_running", "gauge", "Jobs that run.", {"": len(queue.running)})
-    up = {backend.name: int(not backend.reason) for backend in backends}
-    metric("scatter_backend_up", "gauge", "Whether it takes jobs.", by("backend", up))
+    metric("scatter_requests_total", "counter", "POSTs answered.", stats.codes, "code")
+    metric("scatter_cache_total", "counter", "Documents answered.", stats.cache, "result")
+    metric("scatter_tokens_total", "counter", "Tokens generated.", stats.tokens)
+    metric("scatter_queue_waiting", "gauge", "Jobs that wait for a slot.", len(queue.waiting))
+    metric("scatter_queue_running", "gauge", "Jobs that run.", len(queue.running))
+    up = {name: int(not backend.reason) for name, backend in queue.backends.items()}
+    metric("scatter_backend_up", "gauge", "Whether it takes jobs.", up, "backend")
     for name, counts in stats.buckets.items():
         edges = [*map(float, stats.BUCKETS), "+Inf"]
         samples = {f'_bucket{{le="{edge}"}}': sum(counts[: n + 1]) for n, edge in enumerate(edges)}
         samples |= {"_sum": round(stats.sums[name], 6), "_count": sum(counts)}
         metric(f"scatter_{name}_seconds", "histogram", "Of finished generations.", samples)
-    metric("scatter_log_lines_lost_total", "counter", "Log lines that could not be written.", {"": lost})
-    metric("process_cpu_seconds_total", "counter", "User and system.", {"": round(use.ru_utime + use.ru_stime, 3)})
+    metric("scatter_log_lines_lost_total", "counter", "Log lines that could not be written.", lost)
+    metric("process_cpu_seconds_total", "counter", "User and system.", round(time.process_time(), 3))
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:  # Linux alone has it
-        metric("process_resident_memory_bytes", "gauge", "RSS.", {"": int(statm.read().split()[1]) * page})
-        metric("process_open_fds", "gauge", "Open descriptors.", {"": len(os.listdir("/proc/self/fd"))})
+        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        metric("process_resident_memory_bytes", "gauge", "RSS.", resident)
+        metric("process_open_fds", "gauge", "Open descriptors.", len(os.listdir("/proc/self/fd")))
     return "\n".join(rows) + "\n"
+
+
+class LogSummary:
+    """What `stats` tells of log files: counts, and the distributions of misses, joins and hits apart."""
+
+    def __init__(self) -> None:
+        self.lines, self.skipped, self.codes = 0, 0, Counter[str]()
+        self.columns: dict[tuple[str, str], list[float]] = {(c, n): [] for c in Stats().cache for n in NUMBERS}
+        self._up: set[str] = set()
+        self._first = self._changed = self._last = self._up_seconds = 0.0  # the first three in epoch seconds
+
+    def add(self, line: bytes, latest: float) -> None:
+        """Take a line; skip, and count, one that is torn, foreign, or later than latest (epoch s)."""
+        self.lines += 1
+        try:
+            record = json.loads(line)
+            ts = record["ts"]
+            if not 0 < ts <= latest:
+                raise ValueError("a clock that was wrong")
+            if "event" in record:
+                self._event(ts, record["event"], record["backend"])
+            else:
+                numbers = [record[name] + 0.0 for name in NUMBERS] if record["code"] == "ok" else ()
+                for name, value in zip(NUMBERS, numbers):
+                    self.columns[record["cache"], name].append(value)
+                self.codes[record["code"]] += 1
+            self._last = max(self._last, ts)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self.skipped += 1
+
+    def _event(self, ts: float, word: str, name: str) -> None:
+        self._first = self._first or ts
+        self._up_seconds += ts - self._changed if self._up else 0
+        self._changed = ts
+        (self._up.add if word == "up" else self._up.discard)(name)
+
+    def report(self) -> Iterator[str]:
+        """Yield the lines of the report, none wider than 80 columns."""
+        count, span = self.codes.total(), self._last - self._first
+        up = self._up_seconds + (self._last - self._changed if self._up else 0)
+        hits = len(self.columns["hit", "elapsed"]) / (self.codes["ok"] or 1)
+        availability = f"{up / span:.3%}" if self._first and span > 0 else "unknown"
+        yield f"{count:,} requests, {self.codes['ok']:,} documents, {hits:.1%} of them hits; availability {availability}"
+        yield f"{self.lines:,} lines read, {self.skipped:,} skipped"
+        yield from (f"  {code:<16}{n:>10,}  {n / count:6.1%}" for code, n in self.codes.most_common())
+        yield f"\n{'':20}{'count':>10}{'p50':>9}{'p90':>9}{'p95':>9}{'p99':>9}{'max':>9}"
+        for (cache, name), values in self.columns.items():
+            if values:
+                shown = "".join(f"{value:9.2f}" for value in percentiles(values).values())
+                yield f"{cache:<7}{NUMBERS_SHOWN[name]:<13}{len(values):>10,}{shown}"
+        shown = histogram(self.columns["miss", "elapsed"], 20)
+        most = max(shown["counts"], default=0)
+        yield "\nelapsed, s (misses)" if most else ""
+        for edge, n in zip(shown["edges"], shown["counts"]):
+            yield f"{edge:>10g}{n:>11,}  {'#' * math.ceil(n * 55 / most)}"
+
+
+NUMBERS_SHOWN = {"elapsed": "elapsed, s", "ttft": "ttft, s", "tok_per_s": "tok/s"}
+
+
+def print_stats(paths: Sequence[str]) -> int:
+    """Print the distribution of what logs hold; return the exit status, 1 where one cannot be read."""
+    summary, latest = LogSummary(), time.time() + 60  # s; clocks may differ by a little
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                while line := file.readline(LINE_LIMIT):
+                    summary.add(line, latest)
+                    if summary.lines % 50_000 == 0 and sys.stderr.isatty():
+                        print(f"\r{summary.lines:,} lines", end="\r", file=sys.stderr, flush=True)
+        except OSError as exc:
+            print(f"error: {path}: {exc.strerror}; name the log: scatter_proxy.py stats LOG", file=sys.stderr)
+            return 1
+    print("\n".join(summary.report()))
+    return 0
+
+
+# --- page ---------------------------------------------------------------------
+
+PAGE = "<!doctype html><title>scatter</title>"
+WIDGET = ""
+PAGE_HEADERS: dict[str, str] = {}
+WIDGET_HEADERS: dict[str, str] = {}
 
 
 # --- routes -------------------------------------------------------------------
 
-NO_STORE = {"cache-control": "no-store"}
+PUBLIC = "/api/ai-transform"  # nginx leads here, and to what stands below it; the other paths stay on the VPS
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
 OUR_HEADERS = ("X-Tok-Per-S", "X-Gen-Time", "X-Tokens", "X-Request-Id", "X-Cache", "Server-Timing", "Retry-After")
 
 
@@ -1216,8 +1336,8 @@ def check_head(headers: Headers, allowed: Sequence[str]) -> None:
     from in Sec-Fetch-Site, older ones in Origin; what sends neither is no browser.
     """
     origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "")
-    strange = site not in ("same-origin", "none") if site else origin and origin.partition("://")[2] != headers.get("host")
-    if strange and origin not in allowed:
+    is_other_host = bool(origin) and origin.partition("://")[2] != headers.get("host")
+    if origin not in allowed and (site not in ("same-origin", "none") if site else is_other_host):
         raise Refusal("cross_site")
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal("not_json_type")
@@ -1226,7 +1346,7 @@ def check_head(headers: Headers, allowed: Sequence[str]) -> None:
 
 
 async def read_body(receive: Receive) -> bytes:
-    """Return the body; raise Refusal for one too long, too slow or left off. Starlette's own limit answers plain text."""
+    """Return the body; raise Refusal for one too long, too slow or left off."""
     body = b""
     try:
         with anyio.fail_after(BODY_SECONDS):
@@ -1241,75 +1361,127 @@ async def read_body(receive: Receive) -> bytes:
     raise Refusal("cancelled")
 
 
+def refuse_constant(constant: str) -> None:
+    """Raise ValueError: Python takes NaN and Infinity for JSON."""
+    raise ValueError(f"{constant} is not JSON")
+
+
 def parse_prompt(body: bytes) -> str:
     """Return the prompt of a request's body; raise Refusal where it is anything but {"prompt": text}."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")  # though Python takes it for such
-
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
         ENCODE(value).encode()  # a lone surrogate is no text, and could not be sent on
     except (ValueError, RecursionError):
         raise Refusal("bad_json") from None
-    if not isinstance(value, dict) or [*value] != ["prompt"] or not isinstance(value["prompt"], str):
+    prompt = value["prompt"] if isinstance(value, dict) and [*value] == ["prompt"] else None
+    if not isinstance(prompt, str) or not prompt.strip():
         raise Refusal("bad_request")
-    if len(value["prompt"]) > PROMPT_LIMIT:
+    if len(prompt) > PROMPT_LIMIT:
         raise Refusal("too_long")
-    if not value["prompt"].strip():
-        raise Refusal("bad_request")
-    return value["prompt"]
+    return prompt
 
 
-class Transform:
-    """POST /scatter and /api/ai-transform; an ASGI application of its own, since it must see the client leave."""
+def number_headers(m: Mapping[str, Any], length: int) -> dict[str, str]:
+    """Return the headers of a document of length bytes; in Server-Timing (ms) this call's times, none for a hit."""
+    spent = {"queue": m["queue_time"], "ttft": m["ttft"], "gen": m["gen_time"]}
+    timing = ", ".join(f"{name};dur={s * 1000 if m['cache'] != 'hit' else 0:.1f}" for name, s in spent.items())
+    known = {"content-type": "application/json", "content-length": str(length), "server-timing": timing}
+    speed, elapsed = f"{m['tok_per_s']:.1f}", f"{m['gen_time']:.3f}"
+    return known | {"x-tok-per-s": speed, "x-gen-time": elapsed, "x-tokens": str(m["tokens"])}
 
-    def __init__(self, settings: Settings, queue: Queue, log_file: LogFile) -> None:
-        self.settings, self.queue, self.log_file = settings, queue, log_file
+
+class Scatter:
+    """The service as an ASGI application: its parts, and what is answered where."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.log_file, self.stats = settings, LogFile(settings.log), Stats()
+        self.queue = Queue(settings, self.stats, self.log_file)
+        page = partial(Response, PAGE, media_type="text/html", headers=PAGE_HEADERS)
+        widget = partial(Response, WIDGET, media_type="text/javascript", headers=WIDGET_HEADERS)
+        shared = {"/health": self.health, "/stats": self.numbers, "/transform.js": widget}
+        self._gets: dict[str, Callable[[], Response]] = {PUBLIC + path: answer for path, answer in shared.items()}
+        self._gets |= shared | {"/health": partial(self.health, self.queue.backends), "/metrics": self.metrics}
+        self._gets |= {"/": page, PUBLIC + "/page": page, "/log": self.mirror}
+        self._gets |= {f"/log.{n}": partial(self.mirror, f".{n}") for n in range(1, LOG_KEPT + 1)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with a document, or with the refusal that fits; one log line for each that got as far as a prompt."""
-        headers, reader, prompt, refusal = Headers(scope=scope), None, None, None
+        """Answer a request; what fails unforeseen is told in our words too."""
+        path, is_get = scope["path"], scope["method"] in ("GET", "HEAD")
+        is_post_path = path in (PUBLIC, "/scatter")
+        try:
+            if is_post_path and scope["method"] == "POST":
+                return await self.transform(scope, receive, send)
+            if is_post_path or path in self._gets and not is_get:
+                answer = Refusal("bad_method").response({"allow": "POST" if is_post_path else "GET, HEAD"})
+            else:
+                answer = self._gets[path]() if path in self._gets else Refusal("not_found").response()
+        except Exception:
+            log.exception("a request failed")
+            answer = Refusal("unavailable").response()
+        await answer(scope, receive, send)
+
+    def health(self, backends: Mapping[str, Backend] | None = None) -> Response:
+        """Answer 200 while a backend is up, else 503; with the backends where nginx does not lead."""
+        status, reason = self.queue.status()
+        queue = {"running": len(self.queue.running), "waiting": len(self.queue.waiting), "limit": self.settings.queue}
+        body = {"status": status, "reason": reason or None, "version": VERSION, "queue": queue}
+        body |= {} if backends is None else {"backends": [backend.as_json() for _, backend in sorted(backends.items())]}
+        return JSONResponse(body, 200 if status in ("ok", "busy") else 503, NO_STORE)
+
+    def numbers(self) -> Response:
+        """Answer /stats."""
+        return JSONResponse(self.stats.as_json(), headers=NO_STORE)
+
+    def metrics(self) -> Response:
+        """Answer the numbers for Prometheus."""
+        text = prometheus(self.stats, self.queue, self.log_file.lost)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    def mirror(self, suffix: str = "") -> Response:
+        """Answer a log file, from the byte on that Range names (RFC 9110, 14.2); 416 where nothing is new.
+
+        The ETag is a hash of the first line, which stays while the file grows: by it the mirror sees a rotation.
+        """
+        path = self.settings.log + suffix
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            tag = hashlib.sha256(file.readline(LINE_LIMIT)).hexdigest()[:16]
+            return FileResponse(path, headers={"ETag": f'"{tag}"', **NO_STORE}, media_type="application/jsonl")
+        return Refusal("not_found").response()
+
+    async def transform(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a POST with a document, or the refusal that fits; count it, and write its line in the log."""
+        headers, prompt, reader, outcome = Headers(scope=scope), None, None, Refusal("unavailable")
         told = {"x-request-id": os.urandom(6).hex(), **NO_STORE}
         try:
             check_head(headers, self.settings.allow_origin)
             prompt = parse_prompt(await read_body(receive))
             reader = self.queue.read(prompt, "text/event-stream" in headers.get("accept", ""))
-            refusal = await self._answer(reader, receive, send, told)
-        except Refusal as exc:
-            refusal = exc
-            if exc.retry_after:
-                told["retry-after"] = str(exc.retry_after)
-            await JSONResponse(exc.body, exc.status, told)(scope, receive, send)
+            outcome = await self._tell(reader, receive, send, told)
+        except Refusal as refusal:
+            outcome = refusal
+            await refusal.response(told)(scope, receive, send)
         finally:
-            # However the sending ended: what only a generator's finally gives back is lost where the client is gone
-            # before the first byte.
+            # Here, however the sending ended: what only a generator's finally gives back is lost where the client is
+            # gone before the first byte.
             if reader:
-                left = reader.is_gone or not reader.job.ended_at
                 self.queue.leave(reader)
-                refusal = Refusal("cancelled") if left else refusal
-            self._note(prompt, told["x-request-id"], reader, refusal)
+                outcome = Refusal("cancelled") if reader.is_gone else outcome
+            self._note(prompt, told["x-request-id"], reader, outcome)
 
-    async def _answer(self, reader: Reader, receive: Receive, send: Send, told: dict[str, str]) -> Refusal | None:
+    async def _tell(self, reader: Reader, receive: Receive, send: Send, told: dict[str, str]) -> Refusal | None:
         """Send what the job gives, until it ends or the client leaves; return the failure that a stream ended with."""
         job, is_begun = reader.job, False
         told["x-cache"] = reader.cache
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            reader.is_gone = True
-            reader.wake.set()
-
-        watcher = None if job.ended_at else asyncio.create_task(watch())
+        watcher = None if job.ended_at else asyncio.create_task(reader.watch(receive))
         try:
             while not reader.is_gone:
+                reader.wake.clear()
                 has_ended = job.ended_at > 0
                 if job.failure and not is_begun:
                     raise job.failure
-                said = reader.next_bytes() if reader.streams else b'{"sinc":%s}' % job.sinc if has_ended else b""
+                said = reader.next_bytes()
                 if said and not is_begun:
-                    told |= STREAM_HEADERS if reader.streams else numbers(reader.metrics(), len(said))
+                    told |= STREAM_HEADERS if reader.streams else number_headers(reader.metrics(), len(said))
                     head = [(name.encode(), value.encode()) for name, value in told.items()]
                     await send({"type": "http.response.start", "status": 200, "headers": head})
                     is_begun = True
@@ -1319,148 +1491,26 @@ class Transform:
                 if has_ended:
                     break
                 await reader.wake.wait()
-                reader.wake.clear()
             return job.failure
         finally:
             if watcher:
                 watcher.cancel()
 
     def _note(self, prompt: str | None, request_id: str, reader: Reader | None, refusal: Refusal | None) -> None:
-        """Count the request and write its line, in the article's words first: never a prompt, an answer or an address."""
+        """Count a request and write its line, the article's words first: never a prompt, an answer or an address."""
         status, code = (refusal.status, refusal.code) if refusal else (200, "ok")
-        cache = reader.cache if reader else None
-        self.queue.stats.request(code, cache)
-        if prompt is None:
-            return
-        told = reader.metrics() if reader else {}
-        line = {"ts": round(time.time() - (time.monotonic() - reader.asked_at if reader else 0), 3)}
-        line |= {"prompt_len": len(prompt), "tokens": told.get("tokens"), "elapsed": told.get("gen_time")}
-        line |= {"tok_per_s": told.get("tok_per_s"), "id": request_id, "status": status, "code": code, "cache": cache}
-        names = ("backend", "model", "ttft", "queue_time", "prompt_tokens", "eval_tok_per_s")
-        self.log_file.write(line | {name: told.get(name) for name in names})
-
-
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
-
-
-def numbers(m: Mapping[str, Any], length: int) -> dict[str, str]:
-    """Return the headers of a document of length bytes; in Server-Timing (ms) the times of this call, none for a hit."""
-    spent = {"queue": m["queue_time"], "ttft": m["ttft"], "gen": m["gen_time"]}
-    timing = ", ".join(f"{name};dur={s * 1000 if m['cache'] != 'hit' else 0:.1f}" for name, s in spent.items())
-    known = {"content-type": "application/json", "content-length": str(length), "server-timing": timing}
-    speed, elapsed = f"{m['tok_per_s']:.1f}", f"{m['gen_time']:.3f}"
-    return known | {"x-tok-per-s": speed, "x-gen-time": elapsed, "x-tokens": str(m["tokens"])}
-
-
-# --- page ---------------------------------------------------------------------
-
-PAGE = "<!doctype html><title>scatter</title>"
-WIDGET = ""
-PAGE_HEADERS: dict[str, str] = {}
-WIDGET_HEADERS: dict[str, str] = {}
+        cache, told = (reader.cache, reader.metrics()) if reader else (None, {})
+        self.stats.request(code, cache)
+        if prompt is not None:
+            began = time.time() - (time.monotonic() - reader.asked_at if reader else 0)
+            line = {"ts": round(began, 3), "prompt_len": len(prompt), "tokens": told.get("tokens")}
+            line |= {"elapsed": told.get("gen_time"), "tok_per_s": told.get("tok_per_s")}
+            line |= {"id": request_id, "status": status, "code": code, "cache": cache}
+            names = ("backend", "model", "ttft", "queue_time", "prompt_tokens", "eval_tok_per_s")
+            self.log_file.write(line | {name: told.get(name) for name in names})
 
 
 # --- application --------------------------------------------------------------
-
-
-class Scatter:
-    """The service: its parts, its one clock, and its routes."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.log_file = LogFile(settings.log)
-        self.stats = Stats()
-        self.backends = Backends(settings, self._on_change)
-        self.queue = Queue(settings, self.backends, self.stats)
-
-    def _on_change(self, backend: Backend, told: str | None) -> None:
-        """Follow a backend's change: one log line where it went up or down, and work for slots that came free."""
-        if told:
-            reason = backend.reason or None
-            log.info("backend %s is %s%s", backend.name, told, f": {reason}" if reason else "")
-            self.log_file.write({"ts": round(time.time(), 3), "event": told, "backend": backend.name, "reason": reason})
-        self.queue.see_model(backend)
-        self.queue.dispatch()
-
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Turn the one clock while the server runs."""
-        clock = asyncio.create_task(self._clock())
-        yield
-        clock.cancel()
-        lives = [backend.life for backend in self.backends]
-        for life in lives:
-            life.cancel()
-        await asyncio.gather(*lives, return_exceptions=True)
-
-    async def _clock(self) -> None:
-        """Each TICK: the folder, the deadlines, the service manager. One timer for all of them, and none a token."""
-        beat, beaten, told = float(os.environ.get("WATCHDOG_USEC", "inf")) / 2e6, 0.0, ""
-        while True:
-            try:
-                self.backends.look()
-                self.queue.tick(time.monotonic())
-                self.stats.tick(bool(self.backends.up()))
-            except Exception:  # without the clock no deadline would hold
-                log.exception("a tick failed")
-            words = "READY=1\nSTATUS=" + ": ".join(filter(None, self.backends.status()))
-            if words != told or time.monotonic() - beaten > beat:
-                beaten, told = time.monotonic(), words
-                notify(words + "\nWATCHDOG=1")
-            await asyncio.sleep(TICK)
-
-    async def health(self, request: Request) -> Response:
-        """Answer 200 while a backend is up, else 503; with the backends where nginx does not lead."""
-        status, reason = self.backends.status()
-        queue = {"running": len(self.queue.running), "waiting": len(self.queue.waiting), "limit": self.settings.queue}
-        body = {"status": status, "reason": reason, "version": VERSION, "queue": queue}
-        if request.url.path == "/health":
-            body["backends"] = [backend.as_json() for backend in self.backends]
-        return JSONResponse(body, 200 if status in ("ok", "busy") else 503, NO_STORE)
-
-    async def numbers(self, request: Request) -> Response:
-        """Answer /stats, or the same for Prometheus."""
-        if request.url.path.endswith("/stats"):
-            return JSONResponse(self.stats.as_json(), headers=NO_STORE)
-        text = prometheus(self.stats, self.queue, self.backends, self.log_file.lost)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-    async def page(self, request: Request) -> Response:
-        """Answer the page, or the widget."""
-        if request.url.path.endswith(".js"):
-            return Response(WIDGET, media_type="text/javascript", headers=WIDGET_HEADERS)
-        return Response(PAGE, media_type="text/html", headers=PAGE_HEADERS)
-
-    async def mirror(self, request: Request) -> Response:
-        """Answer a log file, from the byte on that Range names (RFC 9110, 14.2); 416 where nothing is new.
-
-        The ETag is a hash of the first line, which stays while the file grows: by it the mirror sees a rotation.
-        """
-        path = self.settings.log + request.url.path.removeprefix("/log")
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            tag = hashlib.sha256(file.readline(LINE_LIMIT)).hexdigest()[:16]
-            return FileResponse(path, headers={"ETag": f'"{tag}"', **NO_STORE}, media_type="application/jsonl")
-        raise HTTPException(404)
-
-    async def error(self, request: Request, exc: Exception) -> Response:
-        """Answer in our words what Starlette refuses by itself."""
-        code = {404: "not_found", 405: "bad_method"}.get(getattr(exc, "status_code", 500), "unavailable")
-        refusal = Refusal(code)
-        return JSONResponse(refusal.body, refusal.status, {**(getattr(exc, "headers", None) or {}), **NO_STORE})
-
-    def app(self) -> Starlette:
-        """Return the ASGI application."""
-        post, public = Transform(self.settings, self.queue, self.log_file), "/api/ai-transform"
-        shared = {"/health": self.health, "/stats": self.numbers, "/transform.js": self.page}
-        routes = [Route(prefix + path, answer) for path, answer in shared.items() for prefix in ("", public)]
-        routes += [Route("/scatter", post, methods=["POST"]), Route(public, post, methods=["POST"])]
-        routes += [Route("/", self.page), Route(public + "/page", self.page), Route("/metrics", self.numbers)]
-        routes += [Route(path, self.mirror) for path in ("/log", *(f"/log.{n}" for n in range(1, LOG_KEPT + 1)))]
-        origins = {"allow_origins": self.settings.allow_origin, "expose_headers": OUR_HEADERS}
-        cors = Middleware(CORSMiddleware, allow_methods=["GET", "POST"], allow_headers=["Content-Type"], **origins)
-        middleware = [cors] if self.settings.allow_origin else []
-        errors = {HTTPException: self.error, Exception: self.error}
-        return Starlette(routes=routes, middleware=middleware, exception_handlers=errors, lifespan=self.lifespan)
 
 
 def notify(words: str) -> None:
@@ -1470,64 +1520,53 @@ def notify(words: str) -> None:
             notifier.sendto(words.encode(), address.replace("@", "\0", 1))
 
 
-class Door(H11Protocol):
-    """uvicorn's protocol with the two deadlines that it lacks: for a head that does not come, and for a client that does
-    not take what it is sent. One timer a connection, set only while one of the two can be missed."""
-
-    _timer: asyncio.TimerHandle | None = None
-
-    def _expect(self, seconds: float | None) -> None:
-        if self._timer:
-            self._timer.cancel()
-        self._timer = self.loop.call_later(seconds, self.transport.abort) if seconds else None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._expect(HEAD_SECONDS)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle and not self.cycle.response_complete:
-            self._expect(None)
-        elif not self._timer:
-            self._expect(HEAD_SECONDS)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._expect(STALL_SECONDS)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._expect(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._expect(None)
-
-
 class Server(uvicorn.Server):
-    """uvicorn's server, but it drains with its door open: while running jobs end, new ones are told "stopping"."""
+    """uvicorn's server: its tick, each TICK, is our one clock, and it drains with its door open.
 
-    queue: Queue
+    One timer for all deadlines, and none a token. While running jobs end, new ones are told "stopping".
+    """
+
+    def __init__(self, config: uvicorn.Config, queue: Queue) -> None:
+        super().__init__(config)
+        self.queue = queue
+        self._slow: dict[Any, tuple[int, float]] = {}  # connection: (bytes that it has not taken, since when)
+        self._beat, self._beaten, self._told = float(os.environ.get("WATCHDOG_USEC", "inf")) / 2e6, 0.0, ""  # s
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Begin to stop, or at a second signal stop at once. The signal is not raised again: a clean stop exits with 0."""
+        """Begin to stop; at a second signal stop at once. The signal is not raised again: a clean stop exits with 0."""
         self.force_exit, self.should_exit = self.should_exit, True
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain, then close the door."""
-        notify("STOPPING=1")
-        if self.queue.running:
-            log.info("stopping: %d jobs may end, for %.0f s", len(self.queue.running), DRAIN_SECONDS)
-        drain = asyncio.create_task(self.queue.drain())
-        while not drain.done() and not self.force_exit:
-            await asyncio.wait([drain], timeout=TICK)
-        drain.cancel()
-        await super().shutdown(sockets)
+    async def on_tick(self, counter: int) -> bool:
+        """Hold the deadlines and tell the service manager; return whether to close the door."""
+        is_stopping, now = await super().on_tick(counter), time.monotonic()
+        try:
+            self.queue.tick(now)
+            self._cut_slow(now)
+        except Exception:  # without the clock no deadline would hold
+            log.exception("a tick failed")
+        words = "STOPPING=1" if is_stopping else "READY=1\nSTATUS=" + ": ".join(filter(None, self.queue.status()))
+        if words != self._told or now - self._beaten > self._beat:
+            self._beaten, self._told = now, words
+            notify(words + "\nWATCHDOG=1")
+        return is_stopping and (self.queue.drain(now) or self.force_exit)
+
+    def _cut_slow(self, now: float) -> None:
+        """Cut connections over the two deadlines that uvicorn lacks: of a request's head, and of taking an answer."""
+        slow = {}
+        for connection in self.server_state.connections:
+            unsent, cycle = connection.transport.get_write_buffer_size(), connection.cycle
+            # Idle is not slow: then uvicorn's own timer runs, from the answer's end to the next request's first byte.
+            waits_for_head = (cycle is None or cycle.response_complete) and not connection.timeout_keep_alive_task
+            if unsent or waits_for_head:
+                before, since = self._slow.get(connection, (unsent, now))
+                slow[connection] = unsent, since if before == unsent else now
+                if now - slow[connection][1] > (STALL_SECONDS if unsent else HEAD_SECONDS):
+                    connection.transport.abort()
+        self._slow = slow
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status: 1 where the port is taken. Raises BadSetting."""
+def open_door(settings: Settings) -> socket.socket:
+    """Return the bound socket; raise BadSetting where this machine has no such address, OSError where it is taken."""
     # The protocol is named because asyncio sets TCP_NODELAY on that condition alone; without it an answer takes 40 ms.
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     door = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -1536,23 +1575,34 @@ def serve(settings: Settings) -> int:
         door.bind((settings.host, settings.port))
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
-            print(f"error: port {settings.port} is taken; pass --port, or see who holds it: ss -ltnp", file=sys.stderr)
-            return 1
-        raise BadSetting(f"--host {settings.host} --port {settings.port}: {exc.strerror}; give an address of this machine") from None
+            raise
+        where = f"--host {settings.host} --port {settings.port}"
+        raise BadSetting(f"{where}: {exc.strerror}; give an address of this machine") from None
+    door.listen(1024)
+    return door
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit status: 1 where the port is taken. Raises BadSetting."""
     try:
-        scatter = Scatter(settings)
+        door = open_door(settings)
+    except OSError:
+        print(f"error: port {settings.port} is taken; pass --port, or see who holds it: ss -ltnp", file=sys.stderr)
+        return 1
+    try:
+        scatter: Any = Scatter(settings)
     except OSError as exc:
         raise BadSetting(f"--log: {settings.log}: {exc.strerror}; give a file that can be written") from None
+    app = scatter
+    if settings.allow_origin:
+        origins = {"allow_origins": settings.allow_origin, "expose_headers": OUR_HEADERS}
+        app = CORSMiddleware(scatter, allow_methods=["GET", "POST"], allow_headers=["Content-Type"], **origins)
     quiet = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
     limits = {"timeout_keep_alive": KEEP_ALIVE_SECONDS, "h11_max_incomplete_event_size": HEAD_LIMIT, "backlog": 1024}
-    app = scatter.app()
-    config = uvicorn.Config(app, http=Door, ws="none", loop="asyncio", timeout_graceful_shutdown=2, **quiet, **limits)
-    door.listen(1024)
+    modes = {"http": "h11", "ws": "none", "lifespan": "off", "loop": "asyncio", "timeout_graceful_shutdown": 2}
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("scatter_proxy %s: listening on http://%s:%d", VERSION, host, door.getsockname()[1])
-    server = Server(config)
-    server.queue = scatter.queue
-    server.run(sockets=[door])
+    Server(uvicorn.Config(app, **quiet, **limits, **modes), scatter.queue).run(sockets=[door])
     return 0
 
 
@@ -1567,6 +1617,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format=form)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     try:
+        command = argv.pop(0) if argv[:1] in (["serve"], ["stats"]) else "serve"
+        if command == "stats" and not {"-h", "--help"}.intersection(argv):
+            return print_stats(argv or [parse_settings([], os.environ).log])
         return serve(parse_settings(argv, os.environ))
     except BadSetting as exc:
         print(f"error: {exc}", file=sys.stderr)
