@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
+#     "httpx>=0.28",
 #     "hypothesis>=6.100",
 #     "prometheus-client>=0.20",
 #     "pytest>=8",
