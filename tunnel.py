@@ -198,12 +198,13 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
             "-L", f"{front_at}:{settings.front}", "--", settings.destination]
 
 
-def front_address(folder: str) -> str:
-    """Return where ssh shall listen here for probe and mirror: a socket of this run; on Windows a free port."""
-    if not WINDOWS:
-        return folder + "/front.sock"  # not in SCATTER_HOME: a socket's path has at most 104 bytes
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return f"127.0.0.1:{s.getsockname()[1]}"
+def front_address(home: Path, spare: str) -> str:
+    """Return where ssh shall listen here for probe and mirror: a socket, if need be in spare; on Windows a port."""
+    if WINDOWS:
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            return f"127.0.0.1:{s.getsockname()[1]}"
+    path = f"{home}/front.sock"  # at most 104 bytes on macOS; other characters would need ssh's own quoting
+    return path if len(path.encode()) <= 100 and re.fullmatch(r"[\w./-]+", path, re.ASCII) else spare + "/front.sock"
 
 
 # --- judging -----------------------------------------------------------------
@@ -818,11 +819,11 @@ class Tunnel:
 
     async def _supervise(self) -> None:
         failures = 0
-        with tempfile.TemporaryDirectory(prefix="scatter-") as folder:
+        with tempfile.TemporaryDirectory(prefix="scatter-") as spare:
             while True:
                 self.hurry.clear()
                 self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
-                failure = await self._dial(front_address(folder))
+                failure = await self._dial(front_address(self.home, spare))
                 held = self.clock() - self.up_at if self.up_at else 0.0
                 failures = 1 if held > STEADY_AFTER else failures + 1
                 self._tell(failure, was_up=held > 0)
