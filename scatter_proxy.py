@@ -12,14 +12,6 @@
     python3 scatter_proxy.py stats [LOG …]  print the distribution of what the log holds
     uv run scatter_proxy.py                 serve, with the packages above fetched by uv
 
-POST /scatter, /api/ai-transform                     a prompt in, six bands out: JSON, or server-sent events
-GET  /health, /api/ai-transform/health               may a visitor ask now; the first adds the backends
-GET  /stats, /api/ai-transform/stats                 counts and distribution of the last 1,000 documents
-GET  /, /api/ai-transform/page                       the page
-GET  /transform.js, /api/ai-transform/transform.js   the widget
-GET  /metrics                                        the numbers for Prometheus
-GET  /log, /log.1 … /log.5                           the log, for its mirror at home
-
 The life of a request: read and judged (routes), it becomes a reader of a job (jobs); the job waits its turn (queue) for
 a slot of a backend (backends), which writes JSON that is read as it comes (bands) into the job's log of events; every
 reader replays that log from its start, and one line in the log file (log and stats) says how it ended.
@@ -71,23 +63,17 @@ PROMPT_LIMIT = 16_000  # characters; about 4,000 tokens, half of the context
 LINE_LIMIT = 1024 * 1024  # bytes; against a backend that never ends a line
 ANSWER_LIMIT = 256 * 1024  # characters; 1,024 tokens are 4 KB
 BODY_SECONDS = 10.0  # nginx buffers bodies, so only a slow client on the VPS itself needs longer
-HEAD_SECONDS = 10.0  # for a request's head, from the connection's start or its own first byte
-STALL_SECONDS = 30.0  # a client that takes nothing for so long is cut
-KEEP_ALIVE_SECONDS = 75  # longer than nginx's 60, so that it is nginx that closes: no 502 from a race
 TICK = 0.1  # s; a look at the folder costs 16 µs, and this bounds how late a deadline is noticed
-PROBE_EVERY = 2.0  # s, while up, or down and refused
 PROBE_SECONDS = 2.0  # for an answer
-HANG_EVERY = 20.0  # s, where a dial hangs: dialling a dead link's listener keeps sshd (9.2 to 10.5) from reaping it
-WARM_SECONDS = 300.0  # for weights to load; Ollama's own limit
-FIRST_TOKEN_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS = 120.0, 30.0, 300.0  # of one generation
-COMMENT_EVERY = 10.0  # s of silence in a stream; every proxy's idle limit is longer (nginx: 60)
-DRAIN_SECONDS = 20.0  # for running jobs after SIGTERM; the unit's TimeoutStopSec is longer
-DOCUMENT_SECONDS = 3600.0  # a finished document is kept for an hour
 LOG_LIMIT, LOG_KEPT = 64 * 1024 * 1024, 5  # bytes a file, rotated files
 
 
-class BadSetting(Exception):
-    """A setting that cannot work: what, value, why, what to do."""
+class Unable(Exception):
+    """Why a command cannot be done: what, value, why, what to do; and its exit status, 2 for a bad setting."""
+
+    def __init__(self, why: str, status: int = 2) -> None:
+        super().__init__(why)
+        self.status = status
 
 
 def option(default: Any, text: str, *limits: Any) -> Any:
@@ -122,10 +108,10 @@ class Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but it raises BadSetting where that one prints its usage and exits."""
+    """argparse's, but it raises Unable where that one prints its usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise BadSetting(message.removeprefix("argument "))
+        raise Unable(message.removeprefix("argument "))
 
 
 def converter(setting: Field[Any]) -> Callable[[str], Any]:
@@ -147,7 +133,7 @@ def converter(setting: Field[Any]) -> Callable[[str], Any]:
 
 
 def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Read the settings: a flag wins over its variable, which wins over the default. Raises BadSetting."""
+    """Read the settings: a flag wins over its variable, which wins over the default. Raises Unable."""
     parser = Parser("scatter_proxy.py", description="Serve, or: scatter_proxy.py stats [LOG …]", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"scatter_proxy {VERSION}")
     told = []
@@ -367,13 +353,6 @@ class Answer:
 PROMPT, SEED, MAX_TOKENS = "<prompt>", "<seed>", "<max_tokens>"
 
 
-def fill(template: str, prompt: str, seed: int, max_tokens: int) -> bytes:
-    """Return a request; the prompt goes in last, so that nothing in it is taken for a hole."""
-    for hole, value in ((SEED, seed), (MAX_TOKENS, max_tokens), (PROMPT, prompt)):
-        template = template.replace(ENCODE(hole), ENCODE(value), 1)
-    return template.encode()
-
-
 def load(data: bytes) -> dict[str, Any]:
     """Return one JSON object of an answer; raise BackendError where it tells of an error."""
     part = json.loads(data)
@@ -414,7 +393,7 @@ class OpenAI:
 
     @staticmethod
     def template(s: Settings) -> dict[str, Any]:
-        """Return the request. llama.cpp reads a schema in just this place of response_format, and ignores the others."""
+        """Return the request. llama.cpp reads a schema in this one place of response_format; others it ignores."""
         messages, shape = [{"role": "user", "content": PROMPT}], {}
         if s.prompting == "schema":
             messages = [{"role": "system", "content": SYSTEM}, *messages]
@@ -477,26 +456,51 @@ class Lane:
         # Ollama refuses a Host that is not its own machine's.
         headers = [("Host", "localhost"), ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         request = h11.Request(method="POST" if body else "GET", target=path, headers=headers)
-        parts = (request, h11.Data(data=body), h11.EndOfMessage())
+        is_kept = self._writer is not None and not self.is_dropped()
         try:
-            is_kept = self._writer is not None and not self.is_dropped()
             try:
-                head = await self._send(parts, not is_kept)
-            except LinkLost:
+                head = await self._send(request, body, is_kept)
+            except (OSError, h11.RemoteProtocolError):
                 if not is_kept:
                     raise
-                head = await self._send(parts, True)  # it was closed for idleness just as we wrote
+                head = await self._send(request, body, False)  # it was closed for idleness just as we wrote
             if any(name == b"content-encoding" for name, _ in head.headers):
                 raise ValueError("compressed, though not asked to be")  # a bomb, perhaps
             if head.status_code != 200:
                 raise as_failure(head.status_code, await self.read_all())
             yield
+        except (OSError, h11.RemoteProtocolError):
+            raise LinkLost("no_model_server") from None
         finally:
             if self._http.their_state is not h11.DONE or self._http.trailing_data[0]:
                 self.close()
 
+    async def _send(self, request: h11.Request, body: bytes, is_kept: bool) -> h11.Response:
+        """Send a request, on a new connection unless the old one is kept; return the answer's head."""
+        if not is_kept:
+            self.close()
+            host, _, port = self._address.removeprefix("http://").partition(":")
+            try:
+                with anyio.fail_after(PROBE_SECONDS):
+                    if self._address[0] == "/":
+                        self._reader, self._writer = await asyncio.open_unix_connection(self._address)
+                    else:
+                        self._reader, self._writer = await asyncio.open_connection(host, int(port or 80))
+            except OSError as exc:
+                raise LinkLost("silent_link" if isinstance(exc, TimeoutError) else "no_tunnel") from None
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
+        self._writer.write(b"".join(map(self._http.send, (request, h11.Data(data=body), h11.EndOfMessage()))))
+        while type(head := await self._next()) is not h11.Response:
+            pass  # 100 and 103 only announce it
+        return head
+
+    async def _next(self) -> Any:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            self._http.receive_data(await self._reader.read(65536))
+        return event
+
     async def read(self) -> bytes:
-        """Return the next piece of the answer's body, nothing at its end. Raises LinkLost."""
+        """Return the next piece of the answer's body, nothing at its end."""
         event = await self._next() if self._http.their_state is h11.SEND_BODY else None
         return bytes(event.data) if type(event) is h11.Data else b""
 
@@ -506,37 +510,6 @@ class Lane:
         while len(body) <= LINE_LIMIT and (piece := await self.read()):
             body += piece
         return body
-
-    async def _send(self, parts: Iterable[Any], is_fresh: bool) -> h11.Response:
-        if is_fresh:
-            await self._dial()
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
-        self._writer.write(b"".join(map(self._http.send, parts)))
-        while type(head := await self._next()) is not h11.Response:
-            pass  # 100 and 103 only announce it
-        return head
-
-    async def _dial(self) -> None:
-        self.close()
-        host, _, port = self._address.removeprefix("http://").partition(":")
-        try:
-            with anyio.fail_after(PROBE_SECONDS):
-                if self._address[0] == "/":
-                    self._reader, self._writer = await asyncio.open_unix_connection(self._address)
-                else:
-                    self._reader, self._writer = await asyncio.open_connection(host, int(port or 80))
-        except TimeoutError:
-            raise LinkLost("silent_link") from None
-        except OSError:
-            raise LinkLost("no_tunnel") from None
-
-    async def _next(self) -> Any:
-        try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
-                self._http.receive_data(await self._reader.read(65536))
-        except (OSError, h11.RemoteProtocolError):
-            raise LinkLost("no_model_server") from None
-        return event
 
 
 class Backend:
@@ -555,32 +528,16 @@ class Backend:
         self.idle: list[Lane] = []  # free slots; the last used on top, so that few connections are needed
         self._heard_at = 0.0  # monotonic; when bytes of a job last came
         self._is_warm = self._is_told_up = False  # weights are loaded; what the log said last
-        self._prober, self._probe_path, self._template = Lane(place[0]), "", ""
-        self._lanes: list[Lane] = []
-        self._wake = asyncio.Event()
+        self.prober, self._probe_path, self._template = Lane(place[0]), "", ""
+        self.lanes: list[Lane] = []
+        self.wake = asyncio.Event()
         self._life = asyncio.create_task(self._live())
 
     def as_json(self) -> dict[str, Any]:
         """Return its entry in /health."""
         known = {"name": self.name, "kind": self.kind, "up": not self.reason, "reason": self.reason or None}
-        speed = round(self.tok_per_s, 1) or None
-        return known | {"slots": self.slots, "running": len(self.jobs), "tok_per_s": speed, "since": round(self.since, 3)}
-
-    def doubt(self, reason: str) -> None:
-        """Take a job's word that the link is lost: no more jobs until the probe, asked now, has answered."""
-        if not self.reason:
-            self.reason = reason
-            self._wake.set()
-
-    def check_idle(self) -> None:
-        """Probe now where the probe's idle connection was closed: most likely ssh is gone."""
-        if not self.reason and self._prober.is_dropped():
-            self._wake.set()
-
-    def release(self, lane: Lane) -> None:
-        """Give a slot back; one from before the backend last went down is no slot any more."""
-        if lane in self._lanes:
-            self.idle.append(lane)
+        known |= {"slots": self.slots, "running": len(self.jobs), "tok_per_s": round(self.tok_per_s, 1) or None}
+        return known | {"since": round(self.since, 3)}
 
     def leave(self) -> None:
         """End, since its socket is gone or was made anew."""
@@ -596,10 +553,12 @@ class Backend:
                 if not isinstance(failure, (LinkLost, BackendError, ValueError)):
                     log.exception("backend %s: a probe failed", self.name)
                 loads = isinstance(failure, BackendError) and failure.args[0] == 503  # as llama.cpp says it
-                self._fall(str(failure) if isinstance(failure, LinkLost) else "warming" if loads else "no_model_server")
-            with anyio.move_on_after(HANG_EVERY if self.reason == "silent_link" else PROBE_EVERY):
-                await self._wake.wait()
-            self._wake.clear()
+                reason = "warming" if loads else "no_model_server"
+                self._fall(str(failure) if isinstance(failure, LinkLost) else reason)
+            # Seldom where a dial hangs: dialling a dead link's listener keeps sshd (9.2 to 10.5) from reaping it.
+            with anyio.move_on_after(20 if self.reason == "silent_link" else 2):  # s
+                await self.wake.wait()
+            self.wake.clear()
 
     async def _look(self) -> None:
         """Probe, and warm what was down; raise why it is of no use."""
@@ -619,7 +578,7 @@ class Backend:
             await asyncio.gather(*closed, return_exceptions=True)
 
     async def _get(self, path: str, lane: Lane | None = None) -> bytes:
-        lane = lane or self._prober
+        lane = lane or self.prober
         async with lane.ask(path):
             return await lane.read_all()
 
@@ -652,33 +611,37 @@ class Backend:
                 slots, self.kind = int(json.loads(await self._get("/props"))["total_slots"]), "llama.cpp"
         self.dialect, self._probe_path, self._template = dialect, path, ENCODE(dialect.template(self.settings))
         self.slots = self.settings.slots or max(1, min(256, slots))
-        self._lanes = [Lane(self.place[0]) for _ in range(self.slots)]
-        self.idle = self._lanes[:]
+        self.lanes = [Lane(self.place[0]) for _ in range(self.slots)]
+        self.idle = self.lanes[:]
 
     async def _warm(self) -> None:
         """Generate one token as real traffic would, so that weights and prefix are in memory before a visitor comes."""
-        answer = Answer()
+        job = Job("warm")
+        job.start(self)
         try:
-            with anyio.fail_after(WARM_SECONDS):
-                await self.generate(self.idle[-1], "warm", self.settings.seed, answer, max_tokens=1)
+            with anyio.fail_after(300):  # s, for weights to load; Ollama's own limit
+                await self.generate(self.idle[-1], job, self.settings.seed, 1)
         except TimeoutError:
             raise LinkLost("silent_link") from None
+        except ValueError:
+            if not job.answer.is_over:  # that one token is no document was to be expected
+                raise
         except BackendError as failure:
             if failure.args[0] == 503:
                 raise
             if self.reason != "model_missing":
                 log.warning("backend %s: the model does not answer: %s", self.name, failure)
             raise LinkLost("model_missing") from None
-        self.model, self._is_warm = answer.model, True
+        self.model, self._is_warm = job.answer.model, True
 
     def _fall(self, reason: str) -> None:
         """Go down for reason; every job running here is told that its link is lost."""
         self._become(reason)
         for job in list(self.jobs):
             job.stop(LinkLost(reason))
-        for lane in [self._prober, *self._lanes]:
+        for lane in [self.prober, *self.lanes]:
             lane.close()
-        self._lanes, self.idle = [], []
+        self.lanes, self.idle = [], []
         self.dialect, self._is_warm = None, False  # another model server may stand there when it comes back
 
     def _become(self, reason: str) -> None:
@@ -689,45 +652,29 @@ class Backend:
             self.reason, self.since = reason, time.time()
             self._on_change(self, told)
 
-    async def generate(
-        self, lane: Lane, prompt: str, seed: int, answer: Answer, job: Job | None = None, max_tokens: int = 0
-    ) -> None:
-        """Have the model answer prompt over lane, into answer; job hears each piece, and concludes when it is over.
+    async def generate(self, lane: Lane, job: Job, seed: int, max_tokens: int) -> None:
+        """Have the model answer job's prompt over lane; job hears each piece, and concludes when the answer is over.
 
-        Over is not to say complete. Raises LinkLost, BackendError, ValueError for what is beyond the dialect or the
-        limits, and what the job's conclusion raises.
+        Raises LinkLost, BackendError, ValueError for what is no document, or beyond the dialect or the limits.
         """
         if self.dialect is None:
             raise LinkLost(self.reason)
-        request, rest = fill(self._template, prompt, seed, max_tokens or self.settings.max_tokens), b""
-        async with lane.ask(self.dialect.path, request):
-            while not answer.is_over and (piece := await lane.read()):
+        dialect, request, rest = self.dialect, self._template, b""
+        # The prompt goes in last, so that nothing in it is taken for a hole.
+        for hole, value in ((SEED, seed), (MAX_TOKENS, max_tokens), (PROMPT, job.prompt)):
+            request = request.replace(ENCODE(hole), ENCODE(value), 1)
+        async with lane.ask(dialect.path, request.encode()):
+            while not job.answer.is_over and (piece := await lane.read() or rest and b"\n"):
                 self._heard_at = time.monotonic()
                 *lines, rest = (rest + piece).split(b"\n")
                 if len(rest) > LINE_LIMIT:
                     raise ValueError(f"a line over {LINE_LIMIT} bytes")
                 for line in lines:
-                    self._take(line, answer, job)
-            self._take(rest, answer, job)
-            if job:
-                job.conclude(answer)
+                    if line.strip() and not job.answer.is_over:
+                        job.hear(dialect, line)
+            job.conclude()
             with anyio.move_on_after(1):  # s; to the last chunk, so that the lane stays open
                 await lane.read_all()
-
-    def _take(self, line: bytes, answer: Answer, job: Job | None) -> None:
-        """Take one line of an answer, and hand on the text that it adds."""
-        if answer.is_over or not line.strip() or self.dialect is None:
-            return
-        try:
-            text = self.dialect.read(line, answer)
-            answer.text += text
-        except (AttributeError, TypeError, ArithmeticError, RecursionError, LookupError) as exc:
-            raise ValueError(f"not {self.kind}'s: {exc}") from None
-        if len(answer.text) > ANSWER_LIMIT:
-            raise ValueError(f"an answer over {ANSWER_LIMIT} characters")
-        answer.tokens += 1 if text and not answer.is_over else 0  # until the backend says how many
-        if job and text:
-            job.hear(text)
 
 
 # --- jobs ---------------------------------------------------------------------
@@ -753,7 +700,7 @@ class Job:
         self.prompt, self._on_end = prompt, on_end
         self.readers: set[Reader] = set()
         self.position, self.has_restarted = 0, False  # position in the queue, as the log says: 1 is next
-        self.log, self.shown, self._begun = bytearray(), False, 0  # shown: a reader was handed a delta
+        self.log, self.shown, self.begun = bytearray(), False, 0  # shown: a reader was handed a delta
         self.waits_since = time.monotonic()
         self.started_at = self.heard_at = self.ended_at = 0.0  # monotonic; 0 until then
         self.task: asyncio.Task[None] | None = None
@@ -771,7 +718,7 @@ class Job:
     def begin(self, name: str, data: Mapping[str, Any]) -> None:
         """Begin the log, or begin it anew, with an event."""
         self.log = bytearray(event(name, data))
-        self._begun, self._bands, self._texts = len(self.log), BandReader(), [""] * len(BANDS)
+        self.begun, self.answer, self._bands, self._texts = len(self.log), Answer(), BandReader(), [""] * len(BANDS)
         self.metrics = dict.fromkeys(METRICS)
         self.wake()
 
@@ -783,9 +730,19 @@ class Job:
         self.begin("started", where)
         self.metrics |= where
 
-    def hear(self, text: str) -> None:
-        """Take a piece of the model's text: what it adds to the bands becomes deltas."""
-        self.heard_at = time.monotonic()
+    def hear(self, dialect: type[Ollama] | type[OpenAI], line: bytes) -> None:
+        """Take a line of the model's answer: what it adds to the bands becomes deltas."""
+        answer, self.heard_at = self.answer, time.monotonic()
+        try:
+            text = dialect.read(line, answer)
+            answer.text += text
+        except (AttributeError, TypeError, ArithmeticError, RecursionError, LookupError) as exc:
+            raise ValueError(f"not {dialect.kind}'s: {exc}") from None
+        if len(answer.text) > ANSWER_LIMIT:
+            raise ValueError(f"an answer over {ANSWER_LIMIT} characters")
+        if not text:
+            return
+        answer.tokens += not answer.is_over  # until the backend says how many
         if self.metrics["ttft"] is None:
             self.metrics["ttft"] = self.heard_at - self.started_at
         if found := self._bands.feed(text):
@@ -797,15 +754,10 @@ class Job:
         self._texts[n] += x
         self.log += event("delta", {"n": n, "x": x})
 
-    def read(self, offset: int) -> bytes:
-        """Hand the log from offset on to a reader."""
-        self.shown = self.shown or len(self.log) > self._begun
-        return bytes(self.log[offset:])
-
     def is_late(self, now: float) -> bool:
         """Tell whether a running job is over one of its time limits."""
-        silence = FIRST_TOKEN_SECONDS if self.metrics["ttft"] is None else SILENCE_SECONDS
-        return now - self.heard_at > silence or now - self.started_at > TOTAL_SECONDS
+        silence = 120 if self.metrics["ttft"] is None else 30  # s, to the first token; between two
+        return now - self.heard_at > silence or now - self.started_at > 300
 
     def stop(self, why: Exception) -> None:
         """End a running job's task at once; why decides what becomes of the job."""
@@ -813,8 +765,9 @@ class Job:
             self.why_stopped = why
             self.task.cancel()
 
-    def conclude(self, answer: Answer) -> None:
-        """End with the document that answer holds; raise ValueError where it holds none."""
+    def conclude(self) -> None:
+        """End with the document that the answer holds; raise ValueError where it holds none."""
+        answer = self.answer
         if answer.finish != "stop":
             raise ValueError(f"the answer ended with {answer.finish!r}")
         texts = parse_bands(answer.text)
@@ -866,14 +819,15 @@ class Reader:
     def next_bytes(self) -> bytes:
         """Return what there is to say and was not said yet; of a plain answer all of it, at the end.
 
-        A stream that is woken while there is nothing to say sends a comment: every COMMENT_EVERY the clock does so.
+        A stream that the clock wakes while there is nothing to say sends a comment.
         """
         if not self.streams:
             return b'{"sinc":%s}' % self.job.sinc if self.job.sinc else b""
         if self._log is not self.job.log:
             self._log, self._offset = self.job.log, 0
-        said = self.job.read(self._offset)
+        said = bytes(self._log[self._offset :])
         self._offset += len(said)
+        self.job.shown = self.job.shown or self._offset > self.job.begun
         if self.job.sinc:
             metrics = self.metrics()
             told = {name: metrics[name] for name in STREAM_METRICS}
@@ -921,14 +875,16 @@ class Queue:
         for name, place in seen.items():
             if name not in self.backends:
                 self.backends[name] = Backend(name, place, self.settings, self._changed)
-            self.backends[name].check_idle()
+            if self.backends[name].prober.is_dropped():
+                self.backends[name].wake.set()  # to be probed now: most likely ssh is gone
 
     def _changed(self, backend: Backend, told: str | None) -> None:
         """Follow a backend's change: one log line where it went up or down, and work for slots that came free."""
         if told:
             reason = backend.reason or None
             log.info("backend %s is %s%s", backend.name, told, f": {reason}" if reason else "")
-            self._log_file.write({"ts": round(time.time(), 3), "event": told, "backend": backend.name, "reason": reason})
+            told_at = round(time.time(), 3)
+            self._log_file.write({"ts": told_at, "event": told, "backend": backend.name, "reason": reason})
         self._see_model(backend)
         self.dispatch()
 
@@ -942,7 +898,7 @@ class Queue:
         return min(free, key=lambda backend: (len(backend.jobs), -backend.tok_per_s), default=None)
 
     def status(self) -> tuple[str, str]:
-        """Return the word of /health, and when it is offline the reason: of all backends', the one nearest to working."""
+        """Return the word of /health, and when offline the reason: of all backends', the one nearest to working."""
         if self.up():
             return ("ok" if self.free() else "busy"), ""
         reasons = {backend.reason for backend in self.backends.values()}
@@ -952,7 +908,9 @@ class Queue:
 
     def read(self, prompt: str, streams: bool) -> Reader:
         """Return a reader of the job for prompt: a kept one, one under way, or a new one. Raises Refusal."""
-        if job := self._hit(prompt):
+        job = self._kept.get(prompt)
+        if job and time.monotonic() - job.ended_at < 3600:  # s
+            self._kept.move_to_end(prompt)
             return Reader(job, "hit", streams)
         if job := self._active.get(prompt):
             return Reader(job, "joined", streams)
@@ -968,18 +926,11 @@ class Queue:
         self.dispatch()
         return reader
 
-    def _hit(self, prompt: str) -> Job | None:
-        job = self._kept.pop(prompt, None)
-        if job and time.monotonic() - job.ended_at < DOCUMENT_SECONDS:
-            self._kept[prompt] = job  # as the last
-            return job
-        self._kept_size -= job.size if job else 0
-        return None
-
     def _busy(self) -> Refusal:
         """Return a refusal that says when, at the measured pace, the queue will have passed."""
         slots = sum(backend.slots for backend in self.up()) or 1
-        return Refusal("busy", max(1, min(120, round(self.stats.typical_seconds() * (len(self.waiting) + 1) / slots))))
+        seconds = percentiles(row["elapsed"] for row in self.stats.recent)["p50"] or 5.0  # until there is one
+        return Refusal("busy", max(1, min(120, round(seconds * (len(self.waiting) + 1) / slots))))
 
     def leave(self, reader: Reader) -> None:
         """Take a reader away; the last to leave ends an unfinished job, wherever it stands."""
@@ -1013,11 +964,10 @@ class Queue:
     async def _work(self, job: Job, backend: Backend, lane: Lane) -> None:
         """Generate; again with another seed where the answer is no document and no reader has seen any of it."""
         for seed in (self.settings.seed, self.settings.seed + 1):
-            answer = Answer()
             try:
-                return await backend.generate(lane, job.prompt, seed, answer, job)
+                return await backend.generate(lane, job, seed, self.settings.max_tokens)
             except ValueError as exc:
-                log.warning("backend %s: an answer of %d characters: %s", backend.name, len(answer.text), exc)
+                log.warning("backend %s: an answer of %d characters: %s", backend.name, len(job.answer.text), exc)
             if job.shown:
                 break
             job.start(backend)
@@ -1027,11 +977,13 @@ class Queue:
         """Give the slot back and see to the job's end, however its task ended."""
         self.running.discard(job)
         backend.jobs.discard(job)
-        backend.release(lane)
+        if lane in backend.lanes:  # else the backend went down, and this is no slot any more
+            backend.idle.append(lane)
         failure = (job.why_stopped or Refusal("stopping", 2)) if task.cancelled() else task.exception()
         may_restart = bool(job.readers) and not (job.shown or job.has_restarted or self._drains_until)
-        if isinstance(failure, LinkLost):
-            backend.doubt(str(failure))
+        if isinstance(failure, LinkLost) and not backend.reason:
+            backend.reason = str(failure)  # no more jobs until the probe, asked now, has answered
+            backend.wake.set()
         if job.sinc:
             speed = job.metrics["tok_per_s"]
             backend.tok_per_s, backend.model = 0.2 * speed + 0.8 * (backend.tok_per_s or speed), job.metrics["model"]
@@ -1048,8 +1000,8 @@ class Queue:
             del self._active[job.prompt]
         if job.sinc:
             self.stats.document(job.metrics)
-            hit = job.as_hit()  # another job: the readers of this one replay the log that they began with
-            self._kept[job.prompt] = hit
+            self._kept_size -= self._kept.pop(job.prompt).size if job.prompt in self._kept else 0
+            hit = self._kept[job.prompt] = job.as_hit()  # another job: this one's readers replay the log they began with
             self._kept_size += hit.size
             while self._kept_size > self.settings.cache * 1024 * 1024:
                 self._kept_size -= self._kept.popitem(last=False)[1].size
@@ -1068,17 +1020,17 @@ class Queue:
             self.waiting.remove(job)
             job.end(self._busy() if self.up() else Refusal("model_offline", 5))
         self.dispatch()
-        for job in [job for job in self.running if job.is_late(now)]:
+        for job in filter(lambda job: job.is_late(now), self.running):
             job.stop(Refusal("timed_out"))
         for reader in [reader for job in [*self.running, *self.waiting] for reader in job.readers]:
-            if reader.streams and now - reader.sent_at > COMMENT_EVERY:
+            if reader.streams and now - reader.sent_at > 10:  # s; every proxy's idle limit is longer (nginx: 60)
                 reader.wake.set()
 
     def drain(self, now: float) -> bool:
-        """Refuse new work, tell the queued, let running jobs finish for DRAIN_SECONDS; return whether none runs."""
+        """Refuse new work, tell the queued, let running jobs finish for 20 s; return whether none runs."""
         if not self._drains_until:
-            self._drains_until = now + DRAIN_SECONDS
-            log.info("stopping: %d running jobs may end, for %.0f s", len(self.running), DRAIN_SECONDS)
+            self._drains_until = now + 20  # s; the unit's TimeoutStopSec is longer
+            log.info("stopping; running jobs: %d", len(self.running))
             while self.waiting:
                 self.waiting.popleft().end(Refusal("stopping", 2))
         for job in self.running if now > self._drains_until else ():
@@ -1141,7 +1093,7 @@ def percentiles(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def histogram(values: Iterable[float], most: int = 24) -> dict[str, list[Any]]:
-    """Return {"edges", "counts"} of at most `most` bins of a round width; counts[i]: edges[i] <= value < edges[i + 1]."""
+    """Return {"edges", "counts"} of at most `most` round bins; counts[i]: edges[i] <= value < edges[i + 1]."""
     ordered = sorted(values)
     if not ordered:
         return {"edges": [], "counts": []}
@@ -1152,6 +1104,9 @@ def histogram(values: Iterable[float], most: int = 24) -> dict[str, list[Any]]:
     edges = [round(n * width, 6) for n in range(first, last + 2)]
     cuts = [0, *(bisect.bisect_left(ordered, edge) for edge in edges[1:-1]), len(ordered)]
     return {"edges": edges, "counts": [after - before for before, after in zip(cuts, cuts[1:])]}
+
+
+NUMBERS = ("elapsed", "ttft", "tok_per_s")  # s, s, tokens a second: what is told as a distribution
 
 
 class Stats:
@@ -1177,9 +1132,9 @@ class Stats:
     def document(self, metrics: Mapping[str, Any]) -> None:
         """Count a finished generation."""
         self.tokens += metrics["tokens"]
-        row = {"elapsed": metrics["gen_time"], "ttft": metrics["ttft"], "tok_per_s": metrics["tok_per_s"]}
-        self.recent.append({name: round(value, 3) for name, value in row.items()})
-        for name, seconds in (("generation", row["elapsed"]), ("time_to_first_token", row["ttft"])):
+        row = [metrics[name] for name in ("gen_time", "ttft", "tok_per_s")]
+        self.recent.append({name: round(value, 3) for name, value in zip(NUMBERS, row)})
+        for name, seconds in zip(self.buckets, row):
             self.sums[name] += seconds
             self.buckets[name][bisect.bisect_left(self.BUCKETS, seconds)] += 1
 
@@ -1189,10 +1144,6 @@ class Stats:
             self.minutes.append([0, 0])
         self.minutes[-1][0] += 1
         self.minutes[-1][1] += is_up
-
-    def typical_seconds(self) -> float:
-        """Return the median elapsed time of the window; 5 s until there is one."""
-        return percentiles(row["elapsed"] for row in self.recent)["p50"] or 5.0
 
     def as_json(self) -> dict[str, Any]:
         """Return what /stats answers."""
@@ -1206,12 +1157,9 @@ class Stats:
         return told | {"availability": round(up / (ticks or 1), 5)}
 
 
-NUMBERS = ("elapsed", "ttft", "tok_per_s")  # s, s, tokens a second: what is told as a distribution
-
-
-def prometheus(stats: Stats, queue: Queue, lost: int) -> str:
+def prometheus(queue: Queue, lost: int) -> str:
     """Return /metrics in Prometheus's text format 0.0.4."""
-    rows: list[str] = []
+    stats, rows = queue.stats, []
 
     def metric(name: str, kind: str, text: str, values: Mapping[str, float] | float, label: str = "") -> None:
         rows.extend([f"# HELP {name} {text}", f"# TYPE {name} {kind}"])
@@ -1239,79 +1187,54 @@ def prometheus(stats: Stats, queue: Queue, lost: int) -> str:
     return "\n".join(rows) + "\n"
 
 
-class LogSummary:
-    """What `stats` tells of log files: counts, and the distributions of misses, joins and hits apart."""
-
-    def __init__(self) -> None:
-        self.lines, self.skipped, self.codes = 0, 0, Counter[str]()
-        self.columns: dict[tuple[str, str], list[float]] = {(c, n): [] for c in Stats().cache for n in NUMBERS}
-        self._up: set[str] = set()
-        self._first = self._changed = self._last = self._up_seconds = 0.0  # the first three in epoch seconds
-
-    def add(self, line: bytes, latest: float) -> None:
-        """Take a line; skip, and count, one that is torn, foreign, or later than latest (epoch s)."""
-        self.lines += 1
+def print_stats(paths: Sequence[str]) -> None:
+    """Print the distribution of what logs hold, in 80 columns; skip and count torn, foreign and future lines."""
+    columns: dict[tuple[str, str], list[float]] = {(word, n): [] for word in ("miss", "joined", "hit") for n in NUMBERS}
+    codes, up, lines, skipped = Counter(), set(), 0, 0
+    since = changed = last = up_seconds = 0.0  # the first three in epoch seconds
+    latest, on_terminal = time.time() + 60, sys.stderr.isatty()  # s; clocks may differ a bit
+    for line in lines_of(paths):
+        lines += 1
+        if on_terminal and lines % 50_000 == 0:
+            print(f"{lines:,} lines", end="\r", file=sys.stderr, flush=True)
         try:
             record = json.loads(line)
-            ts = record["ts"]
+            ts, code = record["ts"], record.get("code")
             if not 0 < ts <= latest:
                 raise ValueError("a clock that was wrong")
             if "event" in record:
-                self._event(ts, record["event"], record["backend"])
+                since, changed, up_seconds = since or ts, ts, up_seconds + (ts - changed if up else 0)
+                (up.add if record["event"] == "up" else up.discard)(record["backend"])
             else:
-                numbers = [record[name] + 0.0 for name in NUMBERS] if record["code"] == "ok" else ()
-                for name, value in zip(NUMBERS, numbers):
-                    self.columns[record["cache"], name].append(value)
-                self.codes[record["code"]] += 1
-            self._last = max(self._last, ts)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            self.skipped += 1
-
-    def _event(self, ts: float, word: str, name: str) -> None:
-        self._first = self._first or ts
-        self._up_seconds += ts - self._changed if self._up else 0
-        self._changed = ts
-        (self._up.add if word == "up" else self._up.discard)(name)
-
-    def report(self) -> Iterator[str]:
-        """Yield the lines of the report, none wider than 80 columns."""
-        count, span = self.codes.total(), self._last - self._first
-        up = self._up_seconds + (self._last - self._changed if self._up else 0)
-        hits = len(self.columns["hit", "elapsed"]) / (self.codes["ok"] or 1)
-        availability = f"{up / span:.3%}" if self._first and span > 0 else "unknown"
-        yield f"{count:,} requests, {self.codes['ok']:,} documents, {hits:.1%} of them hits; availability {availability}"
-        yield f"{self.lines:,} lines read, {self.skipped:,} skipped"
-        yield from (f"  {code:<16}{n:>10,}  {n / count:6.1%}" for code, n in self.codes.most_common())
-        yield f"\n{'':20}{'count':>10}{'p50':>9}{'p90':>9}{'p95':>9}{'p99':>9}{'max':>9}"
-        for (cache, name), values in self.columns.items():
-            if values:
-                shown = "".join(f"{value:9.2f}" for value in percentiles(values).values())
-                yield f"{cache:<7}{NUMBERS_SHOWN[name]:<13}{len(values):>10,}{shown}"
-        shown = histogram(self.columns["miss", "elapsed"], 20)
-        most = max(shown["counts"], default=0)
-        yield "\nelapsed, s (misses)" if most else ""
-        for edge, n in zip(shown["edges"], shown["counts"]):
-            yield f"{edge:>10g}{n:>11,}  {'#' * math.ceil(n * 55 / most)}"
+                told = [record[name] + 0.0 for name in NUMBERS] if code == "ok" else []  # all are there, and numbers
+                for name, value in zip(NUMBERS, told):
+                    columns[record["cache"], name].append(value)
+                codes[REFUSALS[code][0] if code != "ok" else 200, code] += 1
+            last = max(last, ts)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            skipped += 1
+    total, share = codes.total(), len(columns["hit", "elapsed"]) / (codes[200, "ok"] or 1)
+    up_seconds += last - changed if up else 0
+    was_up = f"{up_seconds / (last - since):.3%}" if since and last > since else "unknown"
+    print(f"{total:,} requests; {share:.1%} of documents were hits; availability {was_up}")
+    print(f"{lines:,} lines, {skipped:,} of them skipped")
+    for (status, code), n in codes.most_common():
+        print(f"{status:>6} {code:<15}{n:>11,}{n / total:>8.1%}")
+    print(f"\n{'':19}{'count':>11}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}{'max':>10}")
+    for (word, name), values in columns.items():
+        if values:
+            figures = "".join(f"{value:>10.2f}" for value in percentiles(values).values())
+            print(f"{word:<7}{name:<12}{len(values):>11,}{figures}")
+    shown = histogram(columns["miss", "elapsed"], 20)
+    for edge, n in zip(shown["edges"], shown["counts"]):
+        print(f"from {edge:>6g} s{n:>11,} {'#' * math.ceil(n * 56 / max(shown['counts']))}")
 
 
-NUMBERS_SHOWN = {"elapsed": "elapsed, s", "ttft": "ttft, s", "tok_per_s": "tok/s"}
-
-
-def print_stats(paths: Sequence[str]) -> int:
-    """Print the distribution of what logs hold; return the exit status, 1 where one cannot be read."""
-    summary, latest = LogSummary(), time.time() + 60  # s; clocks may differ by a little
+def lines_of(paths: Sequence[str]) -> Iterator[bytes]:
+    """Yield the lines of files, cut where they are longer than any of ours."""
     for path in paths:
-        try:
-            with open(path, "rb") as file:
-                while line := file.readline(LINE_LIMIT):
-                    summary.add(line, latest)
-                    if summary.lines % 50_000 == 0 and sys.stderr.isatty():
-                        print(f"\r{summary.lines:,} lines", end="\r", file=sys.stderr, flush=True)
-        except OSError as exc:
-            print(f"error: {path}: {exc.strerror}; name the log: scatter_proxy.py stats LOG", file=sys.stderr)
-            return 1
-    print("\n".join(summary.report()))
-    return 0
+        with open(path, "rb") as file:
+            yield from iter(partial(file.readline, LINE_LIMIT), b"")
 
 
 # --- page ---------------------------------------------------------------------
@@ -1361,15 +1284,10 @@ async def read_body(receive: Receive) -> bytes:
     raise Refusal("cancelled")
 
 
-def refuse_constant(constant: str) -> None:
-    """Raise ValueError: Python takes NaN and Infinity for JSON."""
-    raise ValueError(f"{constant} is not JSON")
-
-
 def parse_prompt(body: bytes) -> str:
     """Return the prompt of a request's body; raise Refusal where it is anything but {"prompt": text}."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=int)  # int raises at NaN and Infinity
         ENCODE(value).encode()  # a lone surrogate is no text, and could not be sent on
     except (ValueError, RecursionError):
         raise Refusal("bad_json") from None
@@ -1396,13 +1314,16 @@ class Scatter:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.log_file, self.stats = settings, LogFile(settings.log), Stats()
         self.queue = Queue(settings, self.stats, self.log_file)
-        page = partial(Response, PAGE, media_type="text/html", headers=PAGE_HEADERS)
-        widget = partial(Response, WIDGET, media_type="text/javascript", headers=WIDGET_HEADERS)
-        shared = {"/health": self.health, "/stats": self.numbers, "/transform.js": widget}
-        self._gets: dict[str, Callable[[], Response]] = {PUBLIC + path: answer for path, answer in shared.items()}
-        self._gets |= shared | {"/health": partial(self.health, self.queue.backends), "/metrics": self.metrics}
-        self._gets |= {"/": page, PUBLIC + "/page": page, "/log": self.mirror}
-        self._gets |= {f"/log.{n}": partial(self.mirror, f".{n}") for n in range(1, LOG_KEPT + 1)}
+        answers: dict[Sequence[str], Callable[[], Response]] = {
+            ("/health",): partial(self.health, self.queue.backends),
+            (PUBLIC + "/health",): self.health,
+            ("/stats", PUBLIC + "/stats"): lambda: JSONResponse(self.stats.as_json(), headers=NO_STORE),
+            ("/", PUBLIC + "/page"): lambda: Response(PAGE, 200, PAGE_HEADERS, "text/html"),
+            ("/transform.js", PUBLIC + "/transform.js"): lambda: Response(WIDGET, 200, WIDGET_HEADERS, "text/javascript"),
+            ("/metrics",): lambda: PlainTextResponse(prometheus(self.queue, self.log_file.lost)),
+        }
+        self._gets = {path: answer for paths, answer in answers.items() for path in paths}
+        self._gets |= {f"/log{end}": partial(self.mirror, end) for end in ("", ".1", ".2", ".3", ".4", ".5")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; what fails unforeseen is told in our words too."""
@@ -1428,16 +1349,7 @@ class Scatter:
         body |= {} if backends is None else {"backends": [backend.as_json() for _, backend in sorted(backends.items())]}
         return JSONResponse(body, 200 if status in ("ok", "busy") else 503, NO_STORE)
 
-    def numbers(self) -> Response:
-        """Answer /stats."""
-        return JSONResponse(self.stats.as_json(), headers=NO_STORE)
-
-    def metrics(self) -> Response:
-        """Answer the numbers for Prometheus."""
-        text = prometheus(self.stats, self.queue, self.log_file.lost)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-    def mirror(self, suffix: str = "") -> Response:
+    def mirror(self, suffix: str) -> Response:
         """Answer a log file, from the byte on that Range names (RFC 9110, 14.2); 416 where nothing is new.
 
         The ETag is a hash of the first line, which stays while the file grows: by it the mirror sees a rotation.
@@ -1513,13 +1425,6 @@ class Scatter:
 # --- application --------------------------------------------------------------
 
 
-def notify(words: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing where it did not start us."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-            notifier.sendto(words.encode(), address.replace("@", "\0", 1))
-
-
 class Server(uvicorn.Server):
     """uvicorn's server: its tick, each TICK, is our one clock, and it drains with its door open.
 
@@ -1530,7 +1435,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.queue = queue
         self._slow: dict[Any, tuple[int, float]] = {}  # connection: (bytes that it has not taken, since when)
-        self._beat, self._beaten, self._told = float(os.environ.get("WATCHDOG_USEC", "inf")) / 2e6, 0.0, ""  # s
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Begin to stop; at a second signal stop at once. The signal is not raised again: a clean stop exits with 0."""
@@ -1544,10 +1448,10 @@ class Server(uvicorn.Server):
             self._cut_slow(now)
         except Exception:  # without the clock no deadline would hold
             log.exception("a tick failed")
-        words = "STOPPING=1" if is_stopping else "READY=1\nSTATUS=" + ": ".join(filter(None, self.queue.status()))
-        if words != self._told or now - self._beaten > self._beat:
-            self._beaten, self._told = now, words
-            notify(words + "\nWATCHDOG=1")
+        if counter % 10 == 0 and (address := os.environ.get("NOTIFY_SOCKET")):  # each second; sd_notify(3)
+            state = "STOPPING=1" if is_stopping else "READY=1\nSTATUS=" + " ".join(self.queue.status())
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+                notifier.sendto(f"{state}\nWATCHDOG=1".encode(), address.replace("@", "\0", 1))
         return is_stopping and (self.queue.drain(now) or self.force_exit)
 
     def _cut_slow(self, now: float) -> None:
@@ -1560,50 +1464,40 @@ class Server(uvicorn.Server):
             if unsent or waits_for_head:
                 before, since = self._slow.get(connection, (unsent, now))
                 slow[connection] = unsent, since if before == unsent else now
-                if now - slow[connection][1] > (STALL_SECONDS if unsent else HEAD_SECONDS):
+                if now - slow[connection][1] > (30 if unsent else 10):  # s
                     connection.transport.abort()
         self._slow = slow
 
 
-def open_door(settings: Settings) -> socket.socket:
-    """Return the bound socket; raise BadSetting where this machine has no such address, OSError where it is taken."""
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises Unable."""
     # The protocol is named because asyncio sets TCP_NODELAY on that condition alone; without it an answer takes 40 ms.
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     door = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         door.bind((settings.host, settings.port))
+        door.listen(1024)
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
-            raise
+            raise Unable(f"port {settings.port} is taken; pass --port, or see who holds it: ss -ltnp", 1) from None
         where = f"--host {settings.host} --port {settings.port}"
-        raise BadSetting(f"{where}: {exc.strerror}; give an address of this machine") from None
-    door.listen(1024)
-    return door
-
-
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status: 1 where the port is taken. Raises BadSetting."""
-    try:
-        door = open_door(settings)
-    except OSError:
-        print(f"error: port {settings.port} is taken; pass --port, or see who holds it: ss -ltnp", file=sys.stderr)
-        return 1
+        raise Unable(f"{where}: {exc.strerror}; give an address of this machine") from None
     try:
         scatter: Any = Scatter(settings)
     except OSError as exc:
-        raise BadSetting(f"--log: {settings.log}: {exc.strerror}; give a file that can be written") from None
+        raise Unable(f"--log: {settings.log}: {exc.strerror}; give a file that can be written") from None
     app = scatter
     if settings.allow_origin:
         origins = {"allow_origins": settings.allow_origin, "expose_headers": OUR_HEADERS}
         app = CORSMiddleware(scatter, allow_methods=["GET", "POST"], allow_headers=["Content-Type"], **origins)
     quiet = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
-    limits = {"timeout_keep_alive": KEEP_ALIVE_SECONDS, "h11_max_incomplete_event_size": HEAD_LIMIT, "backlog": 1024}
+    limits = {"h11_max_incomplete_event_size": HEAD_LIMIT, "backlog": 1024}
+    limits |= {"timeout_keep_alive": 75}  # s; longer than nginx's 60, so that nginx closes: no 502 from a race
     modes = {"http": "h11", "ws": "none", "lifespan": "off", "loop": "asyncio", "timeout_graceful_shutdown": 2}
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("scatter_proxy %s: listening on http://%s:%d", VERSION, host, door.getsockname()[1])
     Server(uvicorn.Config(app, **quiet, **limits, **modes), scatter.queue).run(sockets=[door])
-    return 0
 
 
 # --- command line -------------------------------------------------------------
@@ -1619,11 +1513,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = argv.pop(0) if argv[:1] in (["serve"], ["stats"]) else "serve"
         if command == "stats" and not {"-h", "--help"}.intersection(argv):
-            return print_stats(argv or [parse_settings([], os.environ).log])
-        return serve(parse_settings(argv, os.environ))
-    except BadSetting as exc:
+            print_stats(argv or [parse_settings([], os.environ).log])
+        else:
+            serve(parse_settings(argv, os.environ))
+    except Unable as exc:
         print(f"error: {exc}", file=sys.stderr)
-        return 2
+        return exc.status
+    except OSError as exc:
+        print(f"error: {exc.filename}: {exc.strerror}; name the log: scatter_proxy.py stats LOG", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
