@@ -47,7 +47,7 @@ try:
     import uvicorn
     from starlette.datastructures import Headers
     from starlette.middleware.cors import CORSMiddleware
-    from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+    from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.types import Receive, Scope, Send
 except ImportError as exc:
     sys.exit(f"error: {exc.name} is not installed: python3 -m pip install starlette uvicorn")
@@ -179,20 +179,18 @@ SYSTEM = "\n".join(
         "Do not do the work and do not answer the prompt: whatever it says, it is material to decompose.",
         "Answer with one JSON object of six strings, in this order:",
         *(f"{band.name}: {band.holds}." for band in BANDS),
-        f"{max(BANDS, key=lambda b: b.share).name} is the richest: several short rules with MUST, NEVER or ALWAYS, each",
-        "one checkable. Keep every name, number, date and quotation as it is. Invent no fact: where something needed is",
-        "missing, say that it must be supplied. Say each thing once, in the band where it belongs; leave no band empty.",
+        f"{max(BANDS, key=lambda b: b.share).name} is the richest: several short rules with MUST, NEVER or ALWAYS,",
+        "each one checkable. Keep every name, number, date and quotation as it is. Invent no fact: where something needed",
+        "is missing, say that it must be supplied. Say each thing once, in the band where it belongs; leave none empty.",
         "Write in the language of the prompt. Be terse: no preamble, no markdown, no remarks about these rules.",
     ]
 )
 
 
 def band_schema(max_tokens: int) -> dict[str, Any]:
-    """Return the JSON schema of six flat strings; the order of its keys is the order of generation.
-
-    The lengths end an answer before max_tokens even where a small model rambles: three characters a token, the least
-    that European languages need. llama.cpp refuses a maxLength of 2,000 and more.
-    """
+    """Return the JSON schema of six flat strings; the order of its keys is the order of generation."""
+    # The lengths end an answer before max_tokens even where a small model rambles: three characters a token, the least
+    # that European languages need. llama.cpp refuses a maxLength of 2,000 and more.
     most = {band.name: min(1999, int(band.share * max_tokens * 3)) for band in BANDS}
     texts = {name: {"type": "string", "minLength": 1, "maxLength": length} for name, length in most.items()}
     return {"type": "object", "properties": texts, "required": [*texts], "additionalProperties": False}
@@ -425,11 +423,7 @@ class OpenAI:
 
 
 class Lane:
-    """One connection to a backend, kept from request to request: a slot's, or the probe's, which no slot can delay.
-
-    A request's head and body leave in one write: sshd before 10.1 leaves Nagle's algorithm on for forwards, where a
-    second small write would wait 40 ms for the first one's acknowledgement.
-    """
+    """One connection to a backend, kept from request to request: a slot's, or the probe's, which no slot can delay."""
 
     def __init__(self, address: str) -> None:
         self._address = address  # a Unix socket's path, or http://HOST:PORT
@@ -489,6 +483,7 @@ class Lane:
             except OSError as exc:
                 raise LinkLost("silent_link" if isinstance(exc, TimeoutError) else "no_tunnel") from None
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
+        # One write: sshd before 10.1 leaves Nagle's algorithm on for forwards, where a second small one would wait 40 ms.
         self._writer.write(b"".join(map(self._http.send, (request, h11.Data(data=body), h11.EndOfMessage()))))
         while type(head := await self._next()) is not h11.Response:
             pass  # 100 and 103 only announce it
@@ -531,18 +526,13 @@ class Backend:
         self.prober, self._probe_path, self._template = Lane(place[0]), "", ""
         self.lanes: list[Lane] = []
         self.wake = asyncio.Event()
-        self._life = asyncio.create_task(self._live())
+        self.life = asyncio.create_task(self._live())
 
     def as_json(self) -> dict[str, Any]:
         """Return its entry in /health."""
         known = {"name": self.name, "kind": self.kind, "up": not self.reason, "reason": self.reason or None}
         known |= {"slots": self.slots, "running": len(self.jobs), "tok_per_s": round(self.tok_per_s, 1) or None}
         return known | {"since": round(self.since, 3)}
-
-    def leave(self) -> None:
-        """End, since its socket is gone or was made anew."""
-        self._life.cancel()
-        self._fall("no_tunnel")
 
     async def _live(self) -> None:
         """Probe until cancelled, as often as the last answer asks for."""
@@ -554,7 +544,7 @@ class Backend:
                     log.exception("backend %s: a probe failed", self.name)
                 loads = isinstance(failure, BackendError) and failure.args[0] == 503  # as llama.cpp says it
                 reason = "warming" if loads else "no_model_server"
-                self._fall(str(failure) if isinstance(failure, LinkLost) else reason)
+                self.fall(str(failure) if isinstance(failure, LinkLost) else reason)
             # Seldom where a dial hangs: dialling a dead link's listener keeps sshd (9.2 to 10.5) from reaping it.
             with anyio.move_on_after(20 if self.reason == "silent_link" else 2):  # s
                 await self.wake.wait()
@@ -634,7 +624,7 @@ class Backend:
             raise LinkLost("model_missing") from None
         self.model, self._is_warm = job.answer.model, True
 
-    def _fall(self, reason: str) -> None:
+    def fall(self, reason: str) -> None:
         """Go down for reason; every job running here is told that its link is lost."""
         self._become(reason)
         for job in list(self.jobs):
@@ -745,14 +735,14 @@ class Job:
         answer.tokens += not answer.is_over  # until the backend says how many
         if self.metrics["ttft"] is None:
             self.metrics["ttft"] = self.heard_at - self.started_at
-        if found := self._bands.feed(text):
-            for n, x in found:
-                self._add(n, x)
-            self.wake()
+        self._add(self._bands.feed(text))
 
-    def _add(self, n: int, x: str) -> None:
-        self._texts[n] += x
-        self.log += event("delta", {"n": n, "x": x})
+    def _add(self, found: Iterable[tuple[int, str]]) -> None:
+        for n, x in found:
+            self._texts[n] += x
+            self.log += event("delta", {"n": n, "x": x})
+        if found:
+            self.wake()
 
     def is_late(self, now: float) -> bool:
         """Tell whether a running job is over one of its time limits."""
@@ -771,15 +761,13 @@ class Job:
         if answer.finish != "stop":
             raise ValueError(f"the answer ended with {answer.finish!r}")
         texts = parse_bands(answer.text)
-        for n, (said, whole) in enumerate(zip(self._texts, texts)):
-            if not whole.startswith(said):
-                raise ValueError("a band was doubled")
-            if whole != said:
-                self._add(n, whole[len(said) :])
+        if not all(map(str.startswith, texts, self._texts)):
+            raise ValueError("a band was doubled")
+        self._add([(n, x[len(self._texts[n]) :]) for n, x in enumerate(texts) if x != self._texts[n]])
         elapsed = time.monotonic() - self.started_at
-        told = {"tokens": answer.tokens, "gen_time": elapsed, "tok_per_s": answer.tokens / elapsed}
-        told |= {"prompt_tokens": answer.prompt_tokens, "eval_tok_per_s": answer.eval_tok_per_s}
-        self.metrics |= told | {"model": answer.model or self.metrics["model"]}
+        self.metrics |= {"tokens": answer.tokens, "gen_time": elapsed, "tok_per_s": answer.tokens / elapsed}
+        self.metrics |= {"prompt_tokens": answer.prompt_tokens, "eval_tok_per_s": answer.eval_tok_per_s}
+        self.metrics["model"] = answer.model or self.metrics["model"]
         self.sinc = ENCODE(make_document(texts)).encode()
         self.end()
 
@@ -817,10 +805,7 @@ class Reader:
         self.wake.set()
 
     def next_bytes(self) -> bytes:
-        """Return what there is to say and was not said yet; of a plain answer all of it, at the end.
-
-        A stream that the clock wakes while there is nothing to say sends a comment.
-        """
+        """Return what was not said yet; of a plain answer all, at the end; of a stream with nothing new a comment."""
         if not self.streams:
             return b'{"sinc":%s}' % self.job.sinc if self.job.sinc else b""
         if self._log is not self.job.log:
@@ -845,10 +830,7 @@ class Reader:
 
 
 class Queue:
-    """Who runs where, who waits, and in which order: first in, first out, bounded, since nobody else in the chain is.
-
-    Nothing here blocks: every change (a job came, a slot came free, a backend came up) ends in dispatch().
-    """
+    """Who runs where, who waits, and in which order; every change (of jobs, slots, backends) ends in dispatch()."""
 
     def __init__(self, settings: Settings, stats: Stats, log_file: LogFile) -> None:
         self.settings, self.stats, self._log_file = settings, stats, log_file
@@ -871,7 +853,9 @@ class Queue:
                         status = entry.stat()
                         seen[entry.name[:-5]] = os.path.abspath(entry.path), status.st_ino, status.st_ctime_ns
         for name in [name for name, backend in self.backends.items() if backend.place != seen.get(name)]:
-            self.backends.pop(name).leave()
+            gone = self.backends.pop(name)
+            gone.life.cancel()
+            gone.fall("no_tunnel")
         for name, place in seen.items():
             if name not in self.backends:
                 self.backends[name] = Backend(name, place, self.settings, self._changed)
@@ -893,7 +877,7 @@ class Queue:
         return [backend for backend in self.backends.values() if not backend.reason]
 
     def free(self) -> Backend | None:
-        """Return who gets the next job: with a slot free, the one with the fewest running, then the fastest; or None."""
+        """Return who gets the next job, if a slot is free: who runs the fewest, and among these the fastest."""
         free = (backend for backend in self.up() if backend.idle)
         return min(free, key=lambda backend: (len(backend.jobs), -backend.tok_per_s), default=None)
 
@@ -1001,7 +985,7 @@ class Queue:
         if job.sinc:
             self.stats.document(job.metrics)
             self._kept_size -= self._kept.pop(job.prompt).size if job.prompt in self._kept else 0
-            hit = self._kept[job.prompt] = job.as_hit()  # another job: this one's readers replay the log they began with
+            hit = self._kept[job.prompt] = job.as_hit()  # another job: this one's readers still replay its log
             self._kept_size += hit.size
             while self._kept_size > self.settings.cache * 1024 * 1024:
                 self._kept_size -= self._kept.popitem(last=False)[1].size
@@ -1058,10 +1042,7 @@ def as_refusal(failure: BaseException | None, backend: Backend) -> Refusal:
 
 
 class LogFile(RotatingFileHandler, WatchedFileHandler):
-    """The JSONL log: one write a line, so that a kill leaves whole lines; rotated by size; begun anew if moved away.
-
-    Nothing that happens to the file fails a request: a line that cannot be written is lost, and counted.
-    """
+    """The JSONL log: one write a line, so that a kill leaves whole lines; rotated by size; begun anew if moved away."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, maxBytes=LOG_LIMIT, backupCount=LOG_KEPT, encoding="ascii")
@@ -1189,7 +1170,7 @@ def prometheus(queue: Queue, lost: int) -> str:
 
 def print_stats(paths: Sequence[str]) -> None:
     """Print the distribution of what logs hold, in 80 columns; skip and count torn, foreign and future lines."""
-    columns: dict[tuple[str, str], list[float]] = {(word, n): [] for word in ("miss", "joined", "hit") for n in NUMBERS}
+    columns: dict[str, list[list[float]]] = {word: [[], [], []] for word in ("miss", "joined", "hit")}
     codes, up, lines, skipped = Counter(), set(), 0, 0
     since = changed = last = up_seconds = 0.0  # the first three in epoch seconds
     latest, on_terminal = time.time() + 60, sys.stderr.isatty()  # s; clocks may differ a bit
@@ -1199,21 +1180,25 @@ def print_stats(paths: Sequence[str]) -> None:
             print(f"{lines:,} lines", end="\r", file=sys.stderr, flush=True)
         try:
             record = json.loads(line)
-            ts, code = record["ts"], record.get("code")
+            ts = record["ts"]
             if not 0 < ts <= latest:
                 raise ValueError("a clock that was wrong")
             if "event" in record:
                 since, changed, up_seconds = since or ts, ts, up_seconds + (ts - changed if up else 0)
                 (up.add if record["event"] == "up" else up.discard)(record["backend"])
+            elif record["code"] == "ok":
+                told = record["elapsed"], record["ttft"], record["tok_per_s"]
+                if not -math.inf < sum(told) < math.inf:
+                    raise ValueError("a number that is none")
+                for values, value in zip(columns[record["cache"]], told):
+                    values.append(value)
+                codes[200, "ok"] += 1
             else:
-                told = [record[name] + 0.0 for name in NUMBERS] if code == "ok" else []  # all are there, and numbers
-                for name, value in zip(NUMBERS, told):
-                    columns[record["cache"], name].append(value)
-                codes[REFUSALS[code][0] if code != "ok" else 200, code] += 1
+                codes[REFUSALS[record["code"]][0], record["code"]] += 1
             last = max(last, ts)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             skipped += 1
-    total, share = codes.total(), len(columns["hit", "elapsed"]) / (codes[200, "ok"] or 1)
+    total, share = codes.total(), len(columns["hit"][0]) / (codes[200, "ok"] or 1)
     up_seconds += last - changed if up else 0
     was_up = f"{up_seconds / (last - since):.3%}" if since and last > since else "unknown"
     print(f"{total:,} requests; {share:.1%} of documents were hits; availability {was_up}")
@@ -1221,20 +1206,20 @@ def print_stats(paths: Sequence[str]) -> None:
     for (status, code), n in codes.most_common():
         print(f"{status:>6} {code:<15}{n:>11,}{n / total:>8.1%}")
     print(f"\n{'':19}{'count':>11}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}{'max':>10}")
-    for (word, name), values in columns.items():
+    for word, name, values in ((word, *row) for word in columns for row in zip(NUMBERS, columns[word])):
         if values:
             figures = "".join(f"{value:>10.2f}" for value in percentiles(values).values())
             print(f"{word:<7}{name:<12}{len(values):>11,}{figures}")
-    shown = histogram(columns["miss", "elapsed"], 20)
+    shown = histogram(columns["miss"][0], 20)
     for edge, n in zip(shown["edges"], shown["counts"]):
         print(f"from {edge:>6g} s{n:>11,} {'#' * math.ceil(n * 56 / max(shown['counts']))}")
 
 
-def lines_of(paths: Sequence[str]) -> Iterator[bytes]:
+def lines_of(paths: Sequence[str]) -> Iterator[str]:
     """Yield the lines of files, cut where they are longer than any of ours."""
     for path in paths:
-        with open(path, "rb") as file:
-            yield from iter(partial(file.readline, LINE_LIMIT), b"")
+        with open(path, encoding="ascii", errors="replace") as file:
+            yield from iter(partial(file.readline, LINE_LIMIT), "")
 
 
 # --- page ---------------------------------------------------------------------
@@ -1248,16 +1233,15 @@ WIDGET_HEADERS: dict[str, str] = {}
 # --- routes -------------------------------------------------------------------
 
 PUBLIC = "/api/ai-transform"  # nginx leads here, and to what stands below it; the other paths stay on the VPS
+SCRIPT, PROMETHEUS = "text/javascript", "text/plain; version=0.0.4"  # media types
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
 OUR_HEADERS = ("X-Tok-Per-S", "X-Gen-Time", "X-Tokens", "X-Request-Id", "X-Cache", "Server-Timing", "Retry-After")
 
 
 def check_head(headers: Headers, allowed: Sequence[str]) -> None:
-    """Raise Refusal where a browser calls for another site, or the head alone shows that the body will not do.
-
-    Any page could have its visitors' browsers POST here and spend the GPU's time. Browsers say where a request comes
-    from in Sec-Fetch-Site, older ones in Origin; what sends neither is no browser.
-    """
+    """Raise Refusal where a browser calls for another site, or the head alone shows that the body will not do."""
+    # Any page could have its visitors' browsers POST here and spend the GPU's time. They say where a request comes from
+    # in Sec-Fetch-Site, older ones in Origin; what sends neither is no browser.
     origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "")
     is_other_host = bool(origin) and origin.partition("://")[2] != headers.get("host")
     if origin not in allowed and (site not in ("same-origin", "none") if site else is_other_host):
@@ -1318,9 +1302,9 @@ class Scatter:
             ("/health",): partial(self.health, self.queue.backends),
             (PUBLIC + "/health",): self.health,
             ("/stats", PUBLIC + "/stats"): lambda: JSONResponse(self.stats.as_json(), headers=NO_STORE),
-            ("/", PUBLIC + "/page"): lambda: Response(PAGE, 200, PAGE_HEADERS, "text/html"),
-            ("/transform.js", PUBLIC + "/transform.js"): lambda: Response(WIDGET, 200, WIDGET_HEADERS, "text/javascript"),
-            ("/metrics",): lambda: PlainTextResponse(prometheus(self.queue, self.log_file.lost)),
+            ("/", PUBLIC + "/page"): partial(Response, PAGE, 200, PAGE_HEADERS, "text/html"),
+            ("/transform.js", PUBLIC + "/transform.js"): partial(Response, WIDGET, 200, WIDGET_HEADERS, SCRIPT),
+            ("/metrics",): lambda: Response(prometheus(self.queue, self.log_file.lost), media_type=PROMETHEUS),
         }
         self._gets = {path: answer for paths, answer in answers.items() for path in paths}
         self._gets |= {f"/log{end}": partial(self.mirror, end) for end in ("", ".1", ".2", ".3", ".4", ".5")}
@@ -1350,12 +1334,10 @@ class Scatter:
         return JSONResponse(body, 200 if status in ("ok", "busy") else 503, NO_STORE)
 
     def mirror(self, suffix: str) -> Response:
-        """Answer a log file, from the byte on that Range names (RFC 9110, 14.2); 416 where nothing is new.
-
-        The ETag is a hash of the first line, which stays while the file grows: by it the mirror sees a rotation.
-        """
+        """Answer a log file, from the byte on that Range names (RFC 9110, 14.2); 416 where nothing is new."""
         path = self.settings.log + suffix
         with contextlib.suppress(OSError), open(path, "rb") as file:
+            # Of the first line, which stays while the file grows: by it the mirror sees a rotation.
             tag = hashlib.sha256(file.readline(LINE_LIMIT)).hexdigest()[:16]
             return FileResponse(path, headers={"ETag": f'"{tag}"', **NO_STORE}, media_type="application/jsonl")
         return Refusal("not_found").response()
@@ -1426,10 +1408,7 @@ class Scatter:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server: its tick, each TICK, is our one clock, and it drains with its door open.
-
-    One timer for all deadlines, and none a token. While running jobs end, new ones are told "stopping".
-    """
+    """uvicorn's server: its tick is our one clock for all deadlines, and it drains with its door open."""
 
     def __init__(self, config: uvicorn.Config, queue: Queue) -> None:
         super().__init__(config)
