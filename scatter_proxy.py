@@ -180,8 +180,8 @@ SYSTEM = "\n".join(
         "Answer with one JSON object of six strings, in this order:",
         *(f"{band.name}: {band.holds}." for band in BANDS),
         f"{max(BANDS, key=lambda b: b.share).name} is the richest: several short rules with MUST, NEVER or ALWAYS,",
-        "each one checkable. Keep every name, number, date and quotation as it is. Invent no fact: where something needed",
-        "is missing, say that it must be supplied. Say each thing once, in the band where it belongs; leave none empty.",
+        "each one checkable. Keep every name, number, date and quotation as it is. Invent no fact: where something",
+        "needed is missing, say that it must be supplied. Say each thing once, in its band; leave no band empty.",
         "Write in the language of the prompt. Be terse: no preamble, no markdown, no remarks about these rules.",
     ]
 )
@@ -322,15 +322,6 @@ class BackendError(Exception):
     """The backend answered with an error: (HTTP status, text). Its job fails, and it stays up."""
 
 
-def as_failure(status: int, body: bytes) -> LinkLost | BackendError:
-    """Return what an answer other than 200 means: the guard at home says in a code that nothing stands behind it."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        code = json.loads(body)["error"]["code"]
-        if status in (502, 503) and code in ("paused", "no_model_server"):
-            return LinkLost(code)
-    return BackendError(status, body[:4096].decode("utf-8", "replace"))
-
-
 # --- dialects -----------------------------------------------------------------
 
 
@@ -351,14 +342,6 @@ class Answer:
 PROMPT, SEED, MAX_TOKENS = "<prompt>", "<seed>", "<max_tokens>"
 
 
-def load(data: bytes) -> dict[str, Any]:
-    """Return one JSON object of an answer; raise BackendError where it tells of an error."""
-    part = json.loads(data)
-    if "error" in part:
-        raise BackendError(200, str(part["error"]))
-    return part
-
-
 class Ollama:
     """Ollama's /api/generate: a JSON object a line (docs/api.md of ollama/ollama)."""
 
@@ -375,7 +358,9 @@ class Ollama:
     @staticmethod
     def read(line: bytes, answer: Answer) -> str:
         """Take one line into answer; return the text that it adds."""
-        part = load(line)
+        part = json.loads(line)
+        if "error" in part:
+            raise BackendError(200, str(part["error"]))
         if part.get("done") is True:
             answer.is_over, answer.finish, answer.model = True, part.get("done_reason"), part.get("model", "")
             answer.tokens = int(part.get("eval_count", answer.tokens))  # absent when 0, as all of these
@@ -408,7 +393,9 @@ class OpenAI:
         answer.is_over = kind == b"data" and data.strip() == b"[DONE]"
         if kind != b"data" or answer.is_over:
             return ""  # or a comment
-        part = load(data)
+        part = json.loads(data)
+        if "error" in part:
+            raise BackendError(200, str(part["error"]))
         usage, timings = part.get("usage") or {}, part.get("timings") or {}  # null but in the last events
         answer.model = part.get("model") or answer.model
         answer.tokens = int(usage.get("completion_tokens", answer.tokens))
@@ -461,7 +448,12 @@ class Lane:
             if any(name == b"content-encoding" for name, _ in head.headers):
                 raise ValueError("compressed, though not asked to be")  # a bomb, perhaps
             if head.status_code != 200:
-                raise as_failure(head.status_code, await self.read_all())
+                answer = await self.read_all()
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                    code = json.loads(answer)["error"]["code"]  # the guard at home says so what it found
+                    if head.status_code in (502, 503) and code in ("paused", "no_model_server"):
+                        raise LinkLost(code)
+                raise BackendError(head.status_code, answer[:4096].decode("utf-8", "replace"))
             yield
         except (OSError, h11.RemoteProtocolError):
             raise LinkLost("no_model_server") from None
@@ -483,7 +475,7 @@ class Lane:
             except OSError as exc:
                 raise LinkLost("silent_link" if isinstance(exc, TimeoutError) else "no_tunnel") from None
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
-        # One write: sshd before 10.1 leaves Nagle's algorithm on for forwards, where a second small one would wait 40 ms.
+        # One write: sshd before 10.1 leaves Nagle's algorithm on for forwards, where a second one would wait 40 ms.
         self._writer.write(b"".join(map(self._http.send, (request, h11.Data(data=body), h11.EndOfMessage()))))
         while type(head := await self._next()) is not h11.Response:
             pass  # 100 and 103 only announce it
@@ -528,12 +520,6 @@ class Backend:
         self.wake = asyncio.Event()
         self.life = asyncio.create_task(self._live())
 
-    def as_json(self) -> dict[str, Any]:
-        """Return its entry in /health."""
-        known = {"name": self.name, "kind": self.kind, "up": not self.reason, "reason": self.reason or None}
-        known |= {"slots": self.slots, "running": len(self.jobs), "tok_per_s": round(self.tok_per_s, 1) or None}
-        return known | {"since": round(self.since, 3)}
-
     async def _live(self) -> None:
         """Probe until cancelled, as often as the last answer asks for."""
         while True:
@@ -552,12 +538,17 @@ class Backend:
 
     async def _look(self) -> None:
         """Probe, and warm what was down; raise why it is of no use."""
-        try:
-            await self._probe()
-        except LinkLost as lost:
-            if str(lost) != "silent_link" or not self._is_warm:
-                raise
-            await self._probe()  # again at once: one lost packet must not take a GPU down
+        for may_ask_again in (self._is_warm, False):  # one lost packet must not take a GPU down
+            asked = time.monotonic()
+            try:
+                with anyio.fail_after(PROBE_SECONDS):
+                    await (self._get(self._probe_path) if self.dialect else self._find_dialect())
+                break
+            except TimeoutError:
+                if self.dialect and self._heard_at > asked:
+                    break  # a job's bytes will do for an answer
+                if not may_ask_again:
+                    raise LinkLost("silent_link") from None
         if not self._is_warm:
             if self.reason != "model_missing":  # else it would flicker while we look whether the model has come
                 self._become("warming")
@@ -571,16 +562,6 @@ class Backend:
         lane = lane or self.prober
         async with lane.ask(path):
             return await lane.read_all()
-
-    async def _probe(self) -> None:
-        """Ask whether the backend lives; raise why not. A job's bytes that come meanwhile will do."""
-        asked = time.monotonic()
-        try:
-            with anyio.fail_after(PROBE_SECONDS):
-                await (self._get(self._probe_path) if self.dialect else self._find_dialect())
-        except TimeoutError:
-            if self._heard_at < asked or not self.dialect:
-                raise LinkLost("silent_link") from None
 
     async def _find_dialect(self) -> None:
         """Find out by asking what is spoken, and how many slots there are."""
@@ -1206,10 +1187,9 @@ def print_stats(paths: Sequence[str]) -> None:
     for (status, code), n in codes.most_common():
         print(f"{status:>6} {code:<15}{n:>11,}{n / total:>8.1%}")
     print(f"\n{'':19}{'count':>11}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}{'max':>10}")
-    for word, name, values in ((word, *row) for word in columns for row in zip(NUMBERS, columns[word])):
-        if values:
-            figures = "".join(f"{value:>10.2f}" for value in percentiles(values).values())
-            print(f"{word:<7}{name:<12}{len(values):>11,}{figures}")
+    for word, name, values in [(word, *row) for word, lists in columns.items() for row in zip(NUMBERS, lists)]:
+        figures = "".join(f"{value or 0:>10.2f}" for value in percentiles(values).values())
+        print(f"{word:<7}{name:<12}{len(values):>11,}{figures}")
     shown = histogram(columns["miss"][0], 20)
     for edge, n in zip(shown["edges"], shown["counts"]):
         print(f"from {edge:>6g} s{n:>11,} {'#' * math.ceil(n * 56 / max(shown['counts']))}")
@@ -1330,7 +1310,12 @@ class Scatter:
         status, reason = self.queue.status()
         queue = {"running": len(self.queue.running), "waiting": len(self.queue.waiting), "limit": self.settings.queue}
         body = {"status": status, "reason": reason or None, "version": VERSION, "queue": queue}
-        body |= {} if backends is None else {"backends": [backend.as_json() for _, backend in sorted(backends.items())]}
+        if backends is not None:
+            body["backends"] = [
+                {"name": b.name, "kind": b.kind, "up": not b.reason, "reason": b.reason or None, "slots": b.slots}
+                | {"running": len(b.jobs), "tok_per_s": round(b.tok_per_s, 1) or None, "since": round(b.since, 3)}
+                for _, b in sorted(backends.items())
+            ]
         return JSONResponse(body, 200 if status in ("ok", "busy") else 503, NO_STORE)
 
     def mirror(self, suffix: str) -> Response:
@@ -1344,7 +1329,8 @@ class Scatter:
 
     async def transform(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a POST with a document, or the refusal that fits; count it, and write its line in the log."""
-        headers, prompt, reader, outcome = Headers(scope=scope), None, None, Refusal("unavailable")
+        headers, asked_at, prompt, reader = Headers(scope=scope), time.time(), None, None
+        outcome: Refusal | None = Refusal("unavailable")
         told = {"x-request-id": os.urandom(6).hex(), **NO_STORE}
         try:
             check_head(headers, self.settings.allow_origin)
@@ -1360,7 +1346,15 @@ class Scatter:
             if reader:
                 self.queue.leave(reader)
                 outcome = Refusal("cancelled") if reader.is_gone else outcome
-            self._note(prompt, told["x-request-id"], reader, outcome)
+            status, code = (outcome.status, outcome.code) if outcome else (200, "ok")
+            m = reader.metrics() if reader else dict.fromkeys((*METRICS, "cache", "queue_time"))
+            self.stats.request(code, m["cache"])
+            if prompt is not None:  # the article's words first; never a prompt, an answer or an address
+                line = {"ts": round(asked_at, 3), "prompt_len": len(prompt), "tokens": m["tokens"]}
+                line |= {"elapsed": m["gen_time"], "tok_per_s": m["tok_per_s"], "id": told["x-request-id"]}
+                line |= {"status": status, "code": code, "cache": m["cache"]}
+                names = ("backend", "model", "ttft", "queue_time", "prompt_tokens", "eval_tok_per_s")
+                self.log_file.write(line | {name: m[name] for name in names})
 
     async def _tell(self, reader: Reader, receive: Receive, send: Send, told: dict[str, str]) -> Refusal | None:
         """Send what the job gives, until it ends or the client leaves; return the failure that a stream ended with."""
@@ -1389,19 +1383,6 @@ class Scatter:
         finally:
             if watcher:
                 watcher.cancel()
-
-    def _note(self, prompt: str | None, request_id: str, reader: Reader | None, refusal: Refusal | None) -> None:
-        """Count a request and write its line, the article's words first: never a prompt, an answer or an address."""
-        status, code = (refusal.status, refusal.code) if refusal else (200, "ok")
-        cache, told = (reader.cache, reader.metrics()) if reader else (None, {})
-        self.stats.request(code, cache)
-        if prompt is not None:
-            began = time.time() - (time.monotonic() - reader.asked_at if reader else 0)
-            line = {"ts": round(began, 3), "prompt_len": len(prompt), "tokens": told.get("tokens")}
-            line |= {"elapsed": told.get("gen_time"), "tok_per_s": told.get("tok_per_s")}
-            line |= {"id": request_id, "status": status, "code": code, "cache": cache}
-            names = ("backend", "model", "ttft", "queue_time", "prompt_tokens", "eval_tok_per_s")
-            self.log_file.write(line | {name: told.get(name) for name in names})
 
 
 # --- application --------------------------------------------------------------
