@@ -417,10 +417,11 @@ class Lane:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._http = h11.Connection(h11.CLIENT)
+        self._lock = asyncio.Lock()  # a job may come while its idle lane is being opened again
 
     def is_dropped(self) -> bool:
         """Tell whether the other side closed the connection while it was idle."""
-        return self._writer is not None and self._reader.at_eof()
+        return self._writer is not None and (self._reader.at_eof() or self._writer.is_closing())
 
     def close(self) -> None:
         """Break the connection off; the next request dials again."""
@@ -437,6 +438,7 @@ class Lane:
         # Ollama refuses a Host that is not its own machine's.
         headers = [("Host", "localhost"), ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         request = h11.Request(method="POST" if body else "GET", target=path, headers=headers)
+        await self._lock.acquire()
         is_kept = self._writer is not None and not self.is_dropped()
         try:
             try:
@@ -460,6 +462,7 @@ class Lane:
         finally:
             if self._http.their_state is not h11.DONE or self._http.trailing_data[0]:
                 self.close()
+            self._lock.release()
 
     async def _send(self, request: h11.Request, body: bytes, is_kept: bool) -> h11.Response:
         """Send a request, on a new connection unless the old one is kept; return the answer's head."""
@@ -643,9 +646,11 @@ class Backend:
                 for line in lines:
                     if line.strip() and not job.answer.is_over:
                         job.hear(dialect, line)
-            job.conclude()
-            with anyio.move_on_after(1):  # s; to the last chunk, so that the lane stays open
-                await lane.read_all()
+            try:
+                job.conclude()
+            finally:
+                with anyio.move_on_after(1):  # s; to the last chunk, so that the lane stays open
+                    await lane.read_all()
 
 
 # --- jobs ---------------------------------------------------------------------
