@@ -825,10 +825,11 @@ class Tunnel:
                 self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
                 failure = await self._dial(front_address(self.home, spare))
                 held = self.clock() - self.up_at if self.up_at else 0.0
-                failures = 1 if held > STEADY_AFTER else failures + 1
                 self._tell(failure, was_up=held > 0)
-                if self.reason and held:  # a link that we ended is dialled again at once
+                if self.reason and held:  # a link that we ended is no failure to connect: dial again at once
+                    failures = 0
                     continue
+                failures = 1 if held > STEADY_AFTER else failures + 1
                 self.hurry.clear()
                 hurry = asyncio.ensure_future(self.hurry.wait())
                 await asyncio.wait([hurry], timeout=next_delay(failure.pace, failures))
