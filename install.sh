@@ -56,8 +56,9 @@ get_programs() (
     fi
     say "installing by apt: $1"
     apt-get -q update || warn 'apt-get update failed; going on with the package lists that are here'
+    list=$(for one in $1; do ! apt-cache show "$one" >/dev/null 2>&1 || say "$one"; done) # Ubuntu has no chromium
     # shellcheck disable=SC2086  # a list of words
-    DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install $1 || die 'apt-get failed: see above'
+    DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install $list || die 'apt-get failed'
     for unit in $units; do systemctl -q disable "$unit" 2>/dev/null || :; done # not every release has each
 )
 
@@ -204,8 +205,7 @@ demo() {
         --backend "$backend" --backend-dir "$tmp/backends" --log "$tmp/scatter-api.jsonl" --max-tokens 320 "$@"
     front=$address
     say "http://$front$([ "${front#*:}" = 8461 ] || say ' (8461 is taken)')"
-    [ "$backend" != none ] || start_tunnel "$@"
-    [ "$backend" = none ] || say 'tunnel   left out: no sshd here (package openssh-server); the proxy asks the model'
+    if [ "$backend" = none ]; then start_tunnel "$@"; else say 'tunnel   left out: no sshd here (openssh-server)'; fi
     printf 'chain    '
     await responds "http://$front/health"
     say 'up' '' "page     http://$front/" \
@@ -308,7 +308,7 @@ setup_sshd() {
 proxy_starts() {
     systemd-analyze verify "$UNIT" && systemctl daemon-reload && systemctl restart scatter-proxy &&
         systemctl -q enable scatter-proxy && return
-    journalctl -q -n 3 -o cat -u scatter-proxy && return 1
+    journalctl -q -n 1 -o cat -u scatter-proxy -t python && return 1
 }
 
 setup_proxy() {
@@ -385,9 +385,10 @@ setup_nginx() {
     put "$ZONES" <<'CONF'
 # Written by scatter's install.sh; edits here are lost at its next run.
 map $request_method $scatter_post { POST $binary_remote_addr; } # what has no key is not limited
+map $request_method $scatter_get { POST ''; default $binary_remote_addr; }
 limit_req_zone $scatter_post zone=scatter_post:10m rate=12r/m;
 limit_conn_zone $scatter_post zone=scatter_at_once:10m;
-limit_req_zone $binary_remote_addr zone=scatter_any:10m rate=10r/s;
+limit_req_zone $scatter_get zone=scatter_get:10m rate=10r/s;
 map $status $scatter_wait { 429 5; 503 5; }
 map $status $scatter_json {
     default '{"error":{"code":"unavailable","message":"The service is away for a moment; try again."}}';
@@ -403,7 +404,7 @@ proxy_set_header Host $http_host;
 proxy_buffering off; proxy_cache off; gzip off; # a stream passes as it is written
 proxy_connect_timeout 2s; proxy_read_timeout 360s; # the proxy's own limits end first, and say why
 proxy_next_upstream off; proxy_intercept_errors off; client_max_body_size 256k; client_body_timeout 10s;
-limit_req zone=scatter_any burst=20 nodelay; limit_req zone=scatter_post burst=6 nodelay; limit_req_status 429;
+limit_req zone=scatter_get burst=20 nodelay; limit_req zone=scatter_post burst=6 nodelay; limit_req_status 429;
 limit_conn scatter_at_once 2; limit_conn_status 429;
 error_page 413 429 504 @scatter; error_page 502 503 =503 @scatter;
 CONF
