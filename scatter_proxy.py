@@ -8,9 +8,8 @@
 # ///
 """The VPS's end of scatter: a website's front door to a model on a GPU at home.
 
-    python3 scatter_proxy.py                serve (the default command)
-    python3 scatter_proxy.py stats [LOG …]  print the distribution of what the log holds
-    uv run scatter_proxy.py                 serve, with the packages above fetched by uv
+    python3 scatter_proxy.py    serve
+    uv run scatter_proxy.py     serve, with the packages above fetched by uv
 
 The life of a request: read and judged (routes), it becomes a reader of a job (jobs); the job waits its turn (queue) for
 a slot of a backend (backends), which writes JSON that is read as it comes (bands) into the job's log of events; every
@@ -25,7 +24,6 @@ import base64
 import bisect
 import contextlib
 import errno
-import gc
 import hashlib
 import json
 import logging
@@ -36,7 +34,7 @@ import socket
 import sys
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from logging.handlers import RotatingFileHandler, WatchedFileHandler
@@ -135,7 +133,7 @@ def converter(setting: Field[Any]) -> Callable[[str], Any]:
 
 def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Read the settings: a flag wins over its variable, which wins over the default. Raises Unable."""
-    parser = Parser("scatter_proxy.py", description="Serve, or: scatter_proxy.py stats [LOG …]", allow_abbrev=False)
+    parser = Parser("scatter_proxy.py", description="A website's front door to a model at home.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"scatter_proxy {VERSION}")
     told = []
     for f in fields(Settings):
@@ -1134,7 +1132,7 @@ def prometheus(queue: Queue, lost: int) -> str:
         labelled = values.items() if isinstance(values, Mapping) else [("", values)]
         rows.extend(f"{name}{{{label}={ENCODE(k)}}} {v}" if label else f"{name}{k} {v}" for k, v in labelled)
 
-    metric("scatter_requests_total", "counter", "POSTs answered.", stats.codes, "code")
+    metric("scatter_requests_total", "counter", "Prompts answered.", stats.codes, "code")
     metric("scatter_cache_total", "counter", "Documents answered.", stats.cache, "result")
     metric("scatter_tokens_total", "counter", "Tokens generated.", stats.tokens)
     metric("scatter_queue_waiting", "gauge", "Jobs that wait for a slot.", len(queue.waiting))
@@ -1155,71 +1153,86 @@ def prometheus(queue: Queue, lost: int) -> str:
     return "\n".join(rows) + "\n"
 
 
-def print_stats(paths: Sequence[str]) -> None:
-    """Print the distribution of what logs hold, in 80 columns; skip and count torn, foreign and future lines."""
-    rows: dict[str, list[tuple[float, ...]]] = {"miss": [], "joined": [], "hit": []}
-    codes, up, lines, skipped = Counter(), set(), 0, 0
-    since = changed = last = up_seconds = 0.0  # the first three in epoch seconds
-    latest, on_terminal = time.time() + 60, sys.stderr.isatty()  # s; clocks may differ a bit
-    gc.disable()  # a million rows and no cycles: to look for them would take half of the time
-    for line in lines_of(paths):
-        lines += 1
-        if on_terminal and lines % 50_000 == 0:
-            print(f"{lines:,} lines", end="\r", file=sys.stderr, flush=True)
-        try:
-            record = json.loads(line)
-            ts = record["ts"]
-            if not 0 < ts <= latest:
-                raise ValueError("a clock that was wrong")
-            if "event" in record:
-                since, changed, up_seconds = since or ts, ts, up_seconds + (ts - changed if up else 0)
-                (up.add if record["event"] == "up" else up.discard)(record["backend"])
-            elif record["code"] == "ok":
-                told = record["elapsed"], record["ttft"], record["tok_per_s"]
-                if not -math.inf < sum(told) < math.inf:
-                    raise ValueError("a number that is none")
-                rows[record["cache"]].append(told)
-                codes[200, "ok"] += 1
-            else:
-                codes[REFUSALS[record["code"]][0], record["code"]] += 1
-            last = max(last, ts)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            skipped += 1
-    total, share = codes.total(), len(rows["hit"]) / (codes[200, "ok"] or 1)
-    up_seconds += last - changed if up else 0
-    was_up = f"{up_seconds / (last - since):.3%}" if since and last > since else "unknown"
-    print(f"{total:,} requests; {share:.1%} of documents were hits; availability {was_up}")
-    print(f"{lines:,} lines, {skipped:,} of them skipped")
-    for (status, code), n in codes.most_common():
-        print(f"{status:>6} {code:<15}{n:>11,}{n / total:>8.1%}")
-    print(f"\n{'':19}{'count':>11}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}{'max':>10}")
-    for word, name, values in [(word, *column) for word in rows for column in zip(NUMBERS, zip(*rows[word]))]:
-        figures = "".join(f"{value:>10.2f}" for value in percentiles(values).values())
-        print(f"{word:<7}{name:<12}{len(values):>11,}{figures}")
-    shown = histogram([elapsed for elapsed, *_ in rows["miss"]], 20)
-    for edge, n in zip(shown["edges"], shown["counts"]):
-        print(f"from {edge:>6g} s{n:>11,} {'#' * math.ceil(n * 56 / max(shown['counts']))}")
-
-
-def lines_of(paths: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of files, cut where they are longer than any of ours."""
-    for path in paths:
-        with open(path, encoding="ascii", errors="replace") as file:
-            yield from iter(partial(file.readline, LINE_LIMIT), "")
-
-
 # --- page ---------------------------------------------------------------------
 
-PAGE = "<!doctype html><title>scatter</title>"
-WIDGET = ""
-PAGE_HEADERS: dict[str, str] = {}
-WIDGET_HEADERS: dict[str, str] = {}
+STYLE = """
+:root { color-scheme: light dark; --soft: color-mix(in srgb, currentcolor 62%, transparent) }
+body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif }
+textarea, button { font: inherit; color: inherit; padding: .6rem; border: 1px solid var(--soft); border-radius: 8px }
+textarea { box-sizing: border-box; width: 100%; background: none } #said { min-height: 3em }
+button { font-weight: 600 } button:disabled { opacity: .6 } h1 { font: 600 1.6rem Georgia, serif }
+#bands { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem }
+section { min-height: 9rem; padding: .8rem 1rem; border: 1px solid var(--soft); border-radius: 8px }
+h2 { margin: 0; font-size: .8rem; letter-spacing: .06em } section p { margin: .3rem 0; white-space: pre-wrap }
+"""
+WIDGET = r"""// scatter(prompt, {onBand, onQueued, signal}) resolves to {sinc, metrics}; its Error has a .code
+(() => {
+  const at = document.currentScript.src.replace(/(\/api\/ai-transform)?\/transform\.js.*$/, ""), names = BAND_NAMES;
+  const failure = ({code, message}) => Object.assign(new Error(message), {code});
+  const broken = {code: "broken_stream", message: "The connection broke off; send the prompt again."};
+  window.scatter = async (prompt, {onBand, onQueued, signal} = {}) => {
+    const headers = {"content-type": "application/json", accept: "text/event-stream"};
+    const body = JSON.stringify({prompt}), request = {method: "POST", signal, headers, body};
+    const reply = await fetch(at + "/api/ai-transform", request);
+    if (!reply.ok) throw failure((await reply.json().catch(() => null))?.error || broken);
+    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let rest = "", value, done; {value, done} = await reader.read();) {
+      if (done) throw failure(broken);
+      const events = (rest + value).split("\n\n");
+      rest = events.pop();
+      for (const [, name, data] of events.map((text) => text.match(/^event: (\w+)\ndata: (.*)$/) || [])) {
+        const said = data && JSON.parse(data);
+        if (name === "queued") onQueued?.(said.position);
+        if (name === "delta") onBand?.(said.n, names[said.n], said.x);
+        if (name === "error") throw failure(said.error);
+        if (name === "done") return said;
+      }
+    }
+  };
+})();
+""".replace("BAND_NAMES", ENCODE([band.name for band in BANDS]))
+SCRIPT = r"""
+const [prompt, send, said, bands] = ["prompt", "send", "said", "bands"].map((id) => document.getElementById(id));
+let call; // the one that runs
+const texts = [...bands.querySelectorAll("p")], say = (text) => { said.textContent = text; };
+send.onclick = async () => {
+  if (call) return call.abort();
+  call = new AbortController();
+  texts.forEach((text) => { text.textContent = ""; });
+  send.textContent = "Cancel", say("Sent.");
+  const onBand = (n, name, delta) => { texts[n].append(delta); };
+  const onQueued = (position) => say(position > 1 ? `In the queue: place ${position}.` : "You are next.");
+  await scatter(prompt.value, {onBand, onQueued, signal: call.signal}).then(({metrics: m}) =>
+    say(`${m.tokens} tokens in ${m.gen_time.toFixed(2)} s: ${m.tok_per_s.toFixed(1)} tok/s (${m.cache}).`),
+    (error) => say(error.name === "AbortError" ? "Cancelled." : error.message));
+  call = undefined, send.textContent = "AI Transform", look();
+};
+async function look() { // the button is off while the model is, and back within 3 s
+  const state = await fetch("health", {cache: "no-store"}).then((reply) => reply.json()).catch(() => ({}));
+  send.disabled = !call && !["ok", "busy"].includes(state.status);
+  send.title = send.disabled ? "model offline" : "";
+}
+look(), setInterval(look, 3000); // ms
+"""
+PANELS = "".join(f'<section aria-label="{name}"><h2>{name}</h2><p></p></section>' for name, *_ in BANDS)
+PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>scatter</title><link rel="icon" href="data:,"><style>{STYLE}</style><h1>scatter</h1>
+<p><label for="prompt">Prompt</label><textarea id="prompt" rows="6"></textarea></p>
+<p><button id="send" disabled title="model offline">AI Transform</button></p><p id="said" role="status"></p>
+<div id="bands">{PANELS}</div><script src="transform.js"></script><script>{SCRIPT}</script></html>
+"""
+HASHES = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT)]
+WIDGET_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-cache"}
+# Only what stands above may run, and the page may only talk to us (W3C CSP 3).
+CSP = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'; "
+CSP += f"img-src data:; style-src 'sha256-{HASHES[0]}'; script-src 'self' 'sha256-{HASHES[1]}'"
+PAGE_HEADERS = WIDGET_HEADERS | {"content-security-policy": CSP}
 
 
 # --- routes -------------------------------------------------------------------
 
 PUBLIC = "/api/ai-transform"  # nginx leads here, and to what stands below it; the other paths stay on the VPS
-SCRIPT, PROMETHEUS = "text/javascript", "text/plain; version=0.0.4"  # media types
+JAVASCRIPT, PROMETHEUS = "text/javascript", "text/plain; version=0.0.4"  # media types
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
 OUR_HEADERS = ("X-Tok-Per-S", "X-Gen-Time", "X-Tokens", "X-Request-Id", "X-Cache", "Server-Timing", "Retry-After")
 
@@ -1289,7 +1302,7 @@ class Scatter:
             (PUBLIC + "/health",): self.health,
             ("/stats", PUBLIC + "/stats"): lambda: JSONResponse(self.stats.as_json(), headers=NO_STORE),
             ("/", PUBLIC + "/page"): partial(Response, PAGE, 200, PAGE_HEADERS, "text/html"),
-            ("/transform.js", PUBLIC + "/transform.js"): partial(Response, WIDGET, 200, WIDGET_HEADERS, SCRIPT),
+            ("/transform.js", PUBLIC + "/transform.js"): partial(Response, WIDGET, 200, WIDGET_HEADERS, JAVASCRIPT),
             ("/metrics",): lambda: Response(prometheus(self.queue, self.log_file.lost), media_type=PROMETHEUS),
         }
         self._gets = {path: answer for paths, answer in answers.items() for path in paths}
@@ -1354,8 +1367,8 @@ class Scatter:
                 outcome = Refusal("cancelled") if reader.is_gone else outcome
             status, code = (outcome.status, outcome.code) if outcome else (200, "ok")
             m = reader.metrics() if reader else dict.fromkeys((*METRICS, "cache", "queue_time"))
-            self.stats.request(code, m["cache"])
             if prompt is not None:  # the article's words first; never a prompt, an answer or an address
+                self.stats.request(code, m["cache"])
                 line = {"ts": round(asked_at, 3), "prompt_len": len(prompt), "tokens": m["tokens"]}
                 line |= {"elapsed": m["gen_time"], "tok_per_s": m["tok_per_s"], "id": told["x-request-id"]}
                 line |= {"status": status, "code": code, "cache": m["cache"]}
@@ -1472,22 +1485,14 @@ def serve(settings: Settings) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 for a failure, 2 for a setting that cannot work."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    # journald stamps each line itself, and takes its priority from <N>
-    form = "<6>%(message)s" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s %(message)s"
+    form = "<6>%(message)s" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s %(message)s"  # journald stamps
     logging.basicConfig(level=logging.INFO, format=form)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     try:
-        command = argv.pop(0) if argv[:1] in (["serve"], ["stats"]) else "serve"
-        if command == "stats" and not {"-h", "--help"}.intersection(argv):
-            print_stats(argv or [parse_settings([], os.environ).log])
-        else:
-            serve(parse_settings(argv, os.environ))
+        serve(parse_settings(argv, os.environ))
     except Unable as exc:
         print(f"error: {exc}", file=sys.stderr)
         return exc.status
-    except OSError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 1
     return 0
 
 
