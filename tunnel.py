@@ -48,7 +48,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from xml.sax.saxutils import escape
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 WINDOWS = os.name == "nt"
 log = logging.getLogger("tunnel")
 
@@ -240,9 +240,9 @@ FAILURES = (  # kind, pace, pattern in ssh's words, cure
     ("no_ssh", "slow", r"cannot start ssh.*", "install the OpenSSH client, 8.4 or newer"),
     ("ssh_options", "slow", r"Bad configuration option.*|unknown option.*", "install OpenSSH 8.4 or newer"),
     ("host_key_changed", "slow", r"REMOTE HOST IDENTIFICATION HAS CHANGED", (
-        "if the VPS was rebuilt, replace its line in {known_hosts}, or run `tunnel.py setup`; else it is not the VPS")),
+        "if the VPS was rebuilt, replace its line in {known_hosts}; else it is not the VPS")),
     ("host_key_unknown", "slow", r"No \S+ host key is known for.*|Host key verification failed.*", (
-        "run `ssh -p {port} {destination}` once and compare the fingerprint, or run `tunnel.py setup`")),
+        "run `ssh -p {port} {destination}` once and compare the fingerprint")),
     ("key_file", "slow", r"UNPROTECTED PRIVATE KEY FILE|Load key .*|Identity file .* not accessible.*", (
         "make {identity} readable by its owner alone and whole, or remove it and run `tunnel.py key`")),
     ("auth", "slow", r"Permission denied \(.*|Too many authentication failures.*|No supported authentication.*", (
