@@ -186,7 +186,7 @@ start_tunnel() {
 demo() {
     case $#:${1:-}:${2:-} in 0:: | 2:--model:?*) ;; *) misuse "demo: unknown arguments: $*" ;; esac
     need proxy "$(pep723 scatter_proxy.py)"
-    target=127.0.0.1:11434 parts=''
+    target=127.0.0.1:11434 parts='' PATH=$venv/bin:$PATH
     tmp=$(mktemp -d /tmp/scatter.XXXXXX) # not TMPDIR: a Unix socket's path has 104 bytes
     trap end_demo EXIT && trap 'exit 0' HUP INT TERM PIPE
     mkdir "$tmp/backends" "$tmp/home"
