@@ -178,7 +178,7 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
         "IdentityAgent=none",  # a locked agent asks its owner, and waits
         "PreferredAuthentications=publickey",  # each further method is one more failure that a banning sshd counts
         "StrictHostKeyChecking=yes",  # anyone on the way could be the VPS and read every prompt
-        "UserKnownHostsFile=" + " ".join('"' + p.as_posix().replace("%", "%%") + '"' for p in known),  # pinned by setup
+        "UserKnownHostsFile=" + " ".join('"' + p.as_posix().replace("%", "%%") + '"' for p in known),  # ours first
         "UpdateHostKeys=no",  # a VPS taken over could add keys to the pinned ones
         "ExitOnForwardFailure=yes",  # a link without its forward looks up and serves nobody
         "ConnectTimeout=5",  # seconds; a black hole would hold a dial for two minutes
