@@ -245,7 +245,7 @@ class BandReader:
     """
 
     # A key, or a fragment's name and its x. Never found within a string: there each quote has its backslash.
-    _START = re.compile(r'"(%s)"\s*(?:,\s*"x"\s*)?:\s*"' % "|".join(BAND_NUMBER))
+    _START = re.compile('"(' + "|".join(BAND_NUMBER) + r')"\s*(?:,\s*"x"\s*)?:\s*"')
     # What of a string can be decoded: whole escapes, and a high surrogate only once it is plain what follows it.
     _TEXT = re.compile(
         r'[^"\\]*(?:\\(?:[^u]|u(?![dD][89abAB])[0-9a-fA-F]{4}|'
@@ -511,7 +511,7 @@ class Backend:
     def __init__(self, name: str, place: tuple[Any, ...], settings: Settings, on_change: Callable[..., None]) -> None:
         self.name, self.place, self.settings, self._on_change = name, place, settings, on_change
         self.reason, self.since = "no_tunnel", time.time()  # the latter in epoch seconds
-        self.dialect: type[Ollama] | type[OpenAI] | None = None
+        self.dialect: type[Ollama | OpenAI] | None = None
         self.kind, self.model, self.slots, self.tok_per_s = None, "", 0, 0.0  # the last a moving average
         self.jobs: set[Job] = set()
         self.idle: list[Lane] = []  # free slots; the last used on top, so that few connections are needed
@@ -705,7 +705,7 @@ class Job:
         self.begin("started", where)
         self.metrics |= where
 
-    def hear(self, dialect: type[Ollama] | type[OpenAI], line: bytes) -> None:
+    def hear(self, dialect: type[Ollama | OpenAI], line: bytes) -> None:
         """Take a line of the model's answer: what it adds to the bands becomes deltas."""
         answer, self.heard_at = self.answer, time.monotonic()
         try:
@@ -1069,7 +1069,7 @@ def histogram(values: Iterable[float], most: int = 24) -> dict[str, list[Any]]:
             break
     edges = [round(n * width, 6) for n in range(first, last + 2)]
     cuts = [0, *(bisect.bisect_left(ordered, edge) for edge in edges[1:-1]), len(ordered)]
-    return {"edges": edges, "counts": [after - before for before, after in zip(cuts, cuts[1:])]}
+    return {"edges": edges, "counts": [cuts[n + 1] - cuts[n] for n in range(len(cuts) - 1)]}
 
 
 NUMBERS = ("elapsed", "ttft", "tok_per_s")  # s, s, tokens a second: what is told as a distribution
