@@ -3,6 +3,7 @@
 # dependencies = [
 #     "httpx>=0.28",
 #     "hypothesis>=6.100",
+#     "playwright>=1.40",
 #     "prometheus-client>=0.20",
 #     "pytest>=8",
 #     "ruff>=0.6",
@@ -52,6 +53,7 @@ import sinc_prompt
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from playwright.sync_api import sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 
 import scatter_proxy as sp
@@ -985,6 +987,45 @@ def test_stats_and_metrics_agree_with_the_log(tmp_path: Path) -> None:
     assert {s.labels["code"]: s.value for s in families["scatter_requests"].samples} == codes
     count = [s.value for s in families["scatter_generation_seconds"].samples if s.name.endswith("_count")]
     assert count == [2] and families["scatter_generation_seconds"].type == "histogram"
+
+
+# --- page ---------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium")
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+@pytest.mark.parametrize("path", ["/", "/api/ai-transform/page"])
+def test_page_in_a_browser_real(path: str, tmp_path: Path) -> None:
+    wrong: list[str] = []
+    with chain(tmp_path) as (server, fake), sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
+        page = browser.new_page()
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: None if request.url.startswith(server.url) else wrong.append(request.url))
+        page.goto(server.url + path)
+        page.wait_for_selector("#send:not([disabled])", timeout=5000)
+
+        page.fill("#prompt", "</p><img src=x onerror=alert(1)> !pace=0.01")
+        page.click("#send")
+        page.wait_for_selector("#said:has-text('tok/s')", timeout=10_000)
+        assert page.locator("section p").all_inner_texts() == [f"{name.lower()} {'é' * 12}" for name in BAND_NAMES]
+
+        page.fill("#prompt", "left !pace=0.05")
+        page.click("#send")
+        page.wait_for_selector("section p:has-text('persona')", timeout=5000)
+        page.click("#send:has-text('Cancel')")
+        page.wait_for_selector("#said:has-text('Cancelled')", timeout=5000)
+        wait_for(lambda: fake.left, 2, "the model stopped")
+
+        assert wrong == []
+        fake.close()
+        page.wait_for_selector("#send[disabled][title='model offline']", timeout=8000)
+        fake.open()
+        page.wait_for_selector("#send:not([disabled])", timeout=8000)
+        browser.close()
 
 
 # --- tunnel: ssh command and judging ------------------------------------------
