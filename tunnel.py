@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import functools
 import getpass
 import hashlib
 import http.client
@@ -198,13 +199,13 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
             "-L", f"{front_at}:{settings.front}", "--", settings.destination]
 
 
-def front_address(home: Path, spare: str) -> str:
+def front_address(home: Path, spare: Callable[[], str]) -> str:
     """Return where ssh shall listen here for probe and mirror: a socket, if need be in spare; on Windows a port."""
     if WINDOWS:
         with socket.create_server(("127.0.0.1", 0)) as s:
             return f"127.0.0.1:{s.getsockname()[1]}"
     path = f"{home}/front.sock"  # at most 104 bytes on macOS; other characters would need ssh's own quoting
-    return path if len(path.encode()) <= 100 and re.fullmatch(r"[\w./-]+", path, re.ASCII) else spare + "/front.sock"
+    return path if len(path.encode()) <= 100 and re.fullmatch(r"[\w./-]+", path, re.ASCII) else spare() + "/front.sock"
 
 
 # --- judging -----------------------------------------------------------------
@@ -819,7 +820,8 @@ class Tunnel:
 
     async def _supervise(self) -> None:
         failures = 0
-        with tempfile.TemporaryDirectory(prefix="scatter-") as spare:
+        with contextlib.ExitStack() as stack:  # a folder is made only where one is needed: a kill would leave it
+            spare = functools.cache(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="scatter-")))
             while True:
                 self.hurry.clear()
                 self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
