@@ -53,7 +53,6 @@ import sinc_prompt
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
-from playwright.sync_api import sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 
 import scatter_proxy as sp
@@ -826,7 +825,7 @@ def test_queue_is_bounded_fair_and_honest(tmp_path: Path) -> None:
 
 def test_waiter_that_leaves_frees_its_place_unseen(tmp_path: Path) -> None:
     with chain(tmp_path) as (server, fake):
-        with server.stream("runs !pace=0.03") as running:
+        with server.stream("runs !pace=0.02") as running:
             next(running)
             with server.stream("leaves") as waiting:
                 assert next(waiting) == ("queued", {"position": 1})
@@ -835,7 +834,8 @@ def test_waiter_that_leaves_frees_its_place_unseen(tmp_path: Path) -> None:
             list(running)
         assert server.post("next").status_code == 200
         assert "leaves" not in [request["prompt"] for request in fake.seen]
-        assert [r["code"] for r in server.log() if "code" in r] == ["cancelled", "ok", "ok"]
+        told = ["cancelled", "ok", "ok"]
+        wait_for(lambda: [r["code"] for r in server.log() if "code" in r] == told, 2, "a line for each")
 
 
 def test_waiter_is_told_busy_after_its_time(tmp_path: Path) -> None:
@@ -893,7 +893,7 @@ def test_stop_when_idle_is_quick_and_clean(fake: Fake, tmp_path: Path) -> None:
 
 def test_stop_lets_the_running_end_and_tells_the_others(tmp_path: Path) -> None:
     with chain(tmp_path) as (server, _), ThreadPoolExecutor() as pool:
-        running = pool.submit(server.post, "runs !pace=0.04")
+        running = pool.submit(server.post, "runs !pace=0.02")
         wait_for(lambda: server.health()["queue"]["running"], 2)
         waiting = pool.submit(server.post, "waits")
         wait_for(lambda: server.health()["queue"]["waiting"], 2)
@@ -998,6 +998,8 @@ QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 @pytest.mark.parametrize("path", ["/", "/api/ai-transform/page"])
 def test_page_in_a_browser_real(path: str, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright  # here, since it takes half a second
+
     wrong: list[str] = []
     with chain(tmp_path) as (server, fake), sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
