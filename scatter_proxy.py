@@ -284,8 +284,8 @@ REFUSALS = {
     "cross_site": (403, "Pages of other sites may not call this address."),
     "not_found": (404, "There is nothing at this address."),
     "bad_method": (405, "This address does not take that method."),
-    "slow_body": (408, "The body did not arrive within 10 seconds."),
-    "too_long": (413, "The prompt is too long; 16,000 characters are the most."),
+    "slow_body": (408, f"The body did not arrive within {BODY_SECONDS:.0f} seconds."),
+    "too_long": (413, f"The prompt is too long; {PROMPT_LIMIT:,} characters are the most."),
     "not_json_type": (415, "Send the body as application/json."),
     "cancelled": (499, "The client left."),
     "bad_answer": (502, "The model's answer was no document, twice; try again, or word the prompt differently."),
@@ -1306,7 +1306,7 @@ class Scatter:
             ("/metrics",): lambda: Response(prometheus(self.queue, self.log_file.lost), media_type=PROMETHEUS),
         }
         self._gets = {path: answer for paths, answer in answers.items() for path in paths}
-        self._gets |= {f"/log{end}": partial(self.mirror, end) for end in ("", ".1", ".2", ".3", ".4", ".5")}
+        self._gets |= {f"/log{end}": partial(self.mirror, end) for end in ["", *(f".{n + 1}" for n in range(LOG_KEPT))]}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; what fails unforeseen is told in our words too."""
