@@ -25,6 +25,7 @@ import bisect
 import contextlib
 import errno
 import hashlib
+import html
 import json
 import logging
 import math
@@ -1155,78 +1156,394 @@ def prometheus(queue: Queue, lost: int) -> str:
 
 # --- page ---------------------------------------------------------------------
 
+# The page holds no data: it fetches health and stats. What comes from outside reaches the DOM as text only.
 STYLE = """
-:root { color-scheme: light dark; --soft: color-mix(in srgb, currentcolor 62%, transparent) }
-body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif }
-textarea, button { font: inherit; color: inherit; padding: .6rem; border: 1px solid var(--soft); border-radius: 8px }
-textarea { box-sizing: border-box; width: 100%; background: none } #said { min-height: 3em }
-button { font-weight: 600 } button:disabled { opacity: .6 } h1 { font: 600 1.6rem Georgia, serif }
-#bands { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem }
-section { min-height: 9rem; padding: .8rem 1rem; border: 1px solid var(--soft); border-radius: 8px }
-h2 { margin: 0; font-size: .8rem; letter-spacing: .06em } section p { margin: .3rem 0; white-space: pre-wrap }
+:root { color-scheme: light dark; --paper: #faf9f7; --panel: #fff; --ink: #1d1c1a; --soft: #63605b; --line: #e3e0da;
+  --field: #8b8780; --accent: #3446c4; --on: #fff; --bad: #b3261e; --good: #23824a; --slow: #b86a00; --serif: Charter,
+  "Iowan Old Style", "Palatino Linotype", "URW Palladio L", Georgia, serif } @media (prefers-color-scheme: dark) {
+  :root { --paper: #131416; --panel: #1a1c1f; --ink: #e9e7e3; --soft: #a09d97; --line: #2e3035; --field: #75767b;
+  --accent: #a9b4ff; --on: #14163a; --bad: #ffb0a8; --good: #6fcf97; --slow: #f0b35a } } *, ::before, ::after {
+  box-sizing: border-box; margin: 0 } body { background: var(--paper); color: var(--ink);
+  -webkit-text-size-adjust: 100%; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font-variant-numeric: tabular-nums } header, main, .speed, footer { max-width: 1376px; margin: auto;
+  padding: 0 clamp(16px, 3vw, 40px) } header, .row { display: flex; justify-content: space-between; align-items: center;
+  gap: 8px; flex-wrap: wrap } header { height: 64px } h1 { display: flex; gap: 10px } h1, h2 {
+  font: 600 20px/1.2 var(--serif); letter-spacing: -.01em } h1 svg { width: 34px; height: 22px; fill: none;
+  stroke: var(--accent); stroke-width: 2; stroke-linecap: round } .lede { font-size: clamp(27px, 3vw, 36px);
+  font-weight: 500; letter-spacing: -.02em } .lede + p { color: var(--soft); margin: 8px 0 20px } .fine, #health,
+  figcaption, footer { font-size: 13px; line-height: 20px; color: var(--soft) } #health::before { content: "";
+  float: left; width: 8px; height: 8px; margin: 6px 8px; border-radius: 50%; background: var(--field) }
+#health[data-state=ok]::before { background: var(--good) } #health:is([data-state=busy], [data-state=warming])::before {
+  background: var(--slow) } #status[data-state=bad] { color: var(--bad) } label { font-weight: 600; font-size: 13px }
+textarea { display: block; width: 100%; height: 176px; margin: 6px 0; padding: 12px 14px; resize: vertical;
+  font: inherit } textarea, button { color: inherit; background: var(--panel); border: 1px solid var(--field);
+  border-radius: 8px } textarea::placeholder { color: var(--soft); opacity: 1 } :focus-visible {
+  outline: 2px solid var(--accent); outline-offset: 2px } button { font: inherit; font-size: 14px; font-weight: 600;
+  height: 40px; padding: 0 16px; white-space: nowrap; cursor: pointer } button:hover:enabled {
+  border-color: var(--ink) } button:disabled { cursor: not-allowed; color: var(--soft); background: none;
+  border-color: var(--line) } .primary:enabled { color: var(--on); background: var(--accent);
+  border-color: var(--accent) } main:has([aria-busy]) .primary { color: var(--ink); background: none;
+  border-color: var(--ink) } .primary { min-width: 132px } .small { height: 32px; padding: 0 10px; font-size: 13px;
+  font-weight: 500 } .small.link { padding: 0 2px; border: 0; background: none; color: var(--accent) } .row h2 {
+  margin-right: auto } .buttons { justify-content: flex-start; margin: 14px 0 8px } #reason { min-height: 60px }
+#figures { display: grid; grid-template-columns: minmax(0, 1.5fr) repeat(3, minmax(0, 1fr)); gap: 12px; margin-top: 8px;
+  padding-top: 14px; border-top: 1px solid var(--line); white-space: nowrap } dt { font-size: 12px; color: var(--soft) }
+dd { font-size: 20px; line-height: 44px } #rate { font-size: 36px; letter-spacing: -.02em } #source { min-height: 20px;
+  margin-bottom: 12px } #status { min-height: 68px } #status, #source, .text, code { overflow-wrap: anywhere } #bands {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); gap: 12px; margin-top: 12px }
+.band { display: flex; flex-direction: column; height: 208px; min-width: 0; background: var(--panel); contain: content;
+  border: 1px solid var(--line); border-top-width: 2px; border-radius: 10px } .whole .band { height: auto;
+  min-height: 208px } .band h3 { padding: 12px 16px 4px; font-size: 12px; letter-spacing: .08em; word-spacing: .4em;
+  color: var(--soft) } .band[data-state=writing] { border-top-color: var(--accent) } .band[data-state=writing] h3 {
+  color: var(--accent) } .text { flex: 1; overflow: auto; padding: 0 16px 14px; white-space: pre-wrap }
+[data-from=part] .text, .text:empty { color: var(--soft) } .text:focus-visible { outline-offset: -2px }
+.text:empty::before { content: attr(data-empty) } [data-from=rules] .text:empty::before {
+  content: "The rules found nothing for this band." } .speed::before { content: ""; display: block;
+  border-top: 1px solid var(--line); margin: 48px 0 32px } .charts { display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px 40px; margin: 20px 0 } figure svg {
+  display: block; width: 100%; height: 180px; overflow: visible; font-size: 12px } figure text { fill: var(--soft) }
+figure .key { fill: var(--ink) } .bar { fill: var(--accent); fill-opacity: .45 } .axis { stroke: var(--line) } .mark {
+  stroke: var(--ink); stroke-dasharray: 3 3 } .trace { fill: none; stroke: var(--accent); stroke-width: 1.5 } footer {
+  padding-bottom: 40px } code { font: 12px/20px monospace } @media (min-width: 1080px) { main { display: grid;
+  grid-template-columns: minmax(340px, 27fr) 60fr; gap: 48px; padding-top: 16px } .ask { position: sticky; top: 24px;
+  align-self: start } #bands { grid-template-columns: 1fr 1fr } } @media (max-width: 480px) { .band { height: 168px }
+  .row { justify-content: flex-start } .row h2 { width: 100% } .link { margin-left: auto } }
 """
-WIDGET = r"""// scatter(prompt, {onBand, onQueued, signal}) resolves to {sinc, metrics}; its Error has a .code
-(() => {
-  const at = document.currentScript.src.replace(/(\/api\/ai-transform)?\/transform\.js.*$/, ""), names = BAND_NAMES;
-  const failure = ({code, message}) => Object.assign(new Error(message), {code});
-  const broken = {code: "broken_stream", message: "The connection broke off; send the prompt again."};
-  window.scatter = async (prompt, {onBand, onQueued, signal} = {}) => {
-    const headers = {"content-type": "application/json", accept: "text/event-stream"};
-    const body = JSON.stringify({prompt}), request = {method: "POST", signal, headers, body};
-    const reply = await fetch(at + "/api/ai-transform", request);
-    if (!reply.ok) throw failure((await reply.json().catch(() => null))?.error || broken);
-    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let rest = "", value, done; {value, done} = await reader.read();) {
-      if (done) throw failure(broken);
-      const events = (rest + value).split("\n\n");
-      rest = events.pop();
-      for (const [, name, data] of events.map((text) => text.match(/^event: (\w+)\ndata: (.*)$/) || [])) {
-        const said = data && JSON.parse(data);
-        if (name === "queued") onQueued?.(said.position);
-        if (name === "delta") onBand?.(said.n, names[said.n], said.x);
-        if (name === "error") throw failure(said.error);
-        if (name === "done") return said;
+WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this file; it adds one global name, no style.
+// scatter(prompt, {onBand, onQueued, onStarted, signal}) resolves to {sinc, metrics}. onBand(n, name, text, delta):
+// band n grew by delta, and is text now. onQueued(position): 1 is next. onStarted({backend, model}): may come again.
+// signal ends it and frees the model. It rejects with an Error: .message for people; .code, the API's own or cancelled,
+// unreachable, unavailable, broken_stream, bad_reply; .retryAfter in seconds. scatter.standard(prompt): the document by
+// keyword rules, without a model. scatter.text(sinc): as plain text. scatter.health(): resolves to {status, reason}.
+// <button data-scatter-from="#prompt" data-scatter-to="#bands"> is disabled and titled "model offline" while the model
+// is; pressed again, it cancels. It fills <section data-band="0"><strong>name</strong><p>text</p></section> in #bands,
+// which it makes if need be, or adds <p data-error="code" role="alert">. #bands gets the events scatter-sent, -queued,
+// -started, -band, -done and -error, each with a detail. With data-scatter-standard as well, it uses the rules.
+(() => { "use strict";
+  if (window.scatter?.standard) return; // included twice: one set of listeners is enough
+  const {names, formula, axis} = SCATTER_BANDS, last = names.length - 1;
+  const SILENCE = 30000, POLL = 2500; // ms; the server says something every 10 s; a model's return is seen within 5 s
+  const folder = (document.currentScript?.src || "/transform.js").replace(/\/transform\.js([?#].*)?$/, "");
+  const base = folder.endsWith("/api/ai-transform") ? folder : folder + "/api/ai-transform";
+  const BROKEN = ["broken_stream", "The connection broke before the answer was complete; send the prompt again."];
+  const SILENT = ["unreachable", "The server does not answer; check the connection and send the prompt again."];
+  const failure = ([code, message], retryAfter) => Object.assign(new Error(message), {code, retryAfter});
+  const need = (prompt) => { if (!prompt.trim()) throw failure(["bad_request", "Write a prompt first."]); };
+  async function refusal(reply, {status, headers} = reply) { // what stands on the way may not speak the API's JSON
+    const said = reply.ok ? null : (await reply.json().catch(() => null))?.error;
+    const other = [{413: "too_long", 429: "rate_limited"}[status] || (status > 499 ? "unavailable" : "bad_reply"),
+      `The server did not take the prompt (status ${status}); try again later.`];
+    return failure(said?.message ? [said.code, said.message] : other, Number(headers.get("retry-after")) || undefined);
+  }
+  function parse(block) {
+    const [, event, data = "{}"] = block.match(/^event: (\w+)\ndata: (.*)$/) || []; // or a comment
+    try { return [event, JSON.parse(data)]; } catch { throw failure(BROKEN); }
+  }
+  async function scatter(prompt, {onBand, onQueued, onStarted, signal} = {}) {
+    need(prompt);
+    const stop = new AbortController(), relay = () => stop.abort(), bands = names.map(() => "");
+    const lost = (why) => () => { throw failure(signal?.aborted ? ["cancelled", "Cancelled."] : why); };
+    let timer = setTimeout(relay, SILENCE), over = false, buffer = "";
+    if (signal?.aborted) relay(); else signal?.addEventListener("abort", relay);
+    try {
+      const headers = {"content-type": "application/json", accept: "text/event-stream"};
+      const request = {method: "POST", signal: stop.signal, headers, body: JSON.stringify({prompt})};
+      const reply = await fetch(base, request).catch(lost(SILENT));
+      if (!/^text\/event-stream/.test(reply.ok && reply.headers.get("content-type"))) throw await refusal(reply);
+      for (const reader = reply.body.getReader(), decoder = new TextDecoder(); ;) {
+        const {done, value} = await reader.read().catch(lost(BROKEN));
+        if (done) throw failure(BROKEN);
+        clearTimeout(timer), timer = setTimeout(relay, SILENCE);
+        const blocks = (buffer + decoder.decode(value, {stream: true})).split("\n\n");
+        buffer = blocks.pop();
+        for (const [event, said] of blocks.map(parse)) {
+          over = event === "done" || event === "error";
+          if (event === "done") return said;
+          if (event === "error") throw failure([said.error.code, said.error.message]);
+          if (event === "queued") onQueued?.(said.position); else if (event === "started") onStarted?.(said);
+          if (event === "delta") onBand?.(said.n, names[said.n], bands[said.n] += said.x, said.x);
+        }
+      }
+    } finally {
+      clearTimeout(timer), signal?.removeEventListener("abort", relay);
+      if (!over) stop.abort(); // a callback that threw must free the model too
+    }
+  }
+  // The standard Transform. A labelled paragraph ("Format: …", or a band's name) goes to that band whole; what is
+  // fenced or follows "here is …:" is data; any other sentence goes to each band whose words it holds, as whole words.
+  const words = (list) => new RegExp(`\\b(${list})\\b`, "i");
+  const LABELS = ["persona|role", "context|background", "data|input|.*\\b(the following|here (is|are)|below).*",
+    "constraints?|rules?", "(output )?format", "task|goal"].map((list, n) => words(`^\\W*(${list}|${names[n]})\\W*$`));
+  const RULES = [
+    words("you are (?!able|free|going|not|sure|to\\b)\\w+|(act|behave) (as|like)|pretend to be|" +
+      "(^|(answer|respond|write) )as an? (?!bullet|csv|json|list|markdown|numbered|single|string|table)\\w+"),
+    words("context|background|situation|given that|assuming|(i|we) (am|are|have)|i['’](m|ve)|we['’](re|ve)"),
+    words("here (is|are) (the|my|our|some)|attached|https?:\\S+"),
+    words("must|do not|don['’]t|never|always|avoid|ensure|required|forbidden|prohibited|mandatory|limit|maximum|" +
+      "minimum|only|exactly|strictly|without|(more|less) than|at (least|most)|(under|up to) (\\d+|no circumstances)"),
+    words("json|markdown|csv|xml|yaml|html|plain text|bullets?|numbered|headings?|code block|format|template|" +
+      "(as|in|into|one|two|three|\\d+) (an? )?([\\w-]+ ){0,2}(tables?|lists?|paragraphs?|sentences?|words)"),
+    words("^(please|(can|could|would) you|i (need|want) you to|add|analy[sz]e|answer|build|calculate|compare|convert|" +
+      "create|describe|design|draft|explain|extract|find|fix|generate|give|help|improve|list|make|optimi[sz]e|plan|" +
+      "refactor|review|rewrite|show|suggest|summari[sz]e|tell|translate|write)|\\w+(?=\\W*\\?$)")];
+  const SENTENCE = /(?:[^.!?]|[.!?](?!\s*$|\s+[^a-z\s]))+[.!?]*/g; // "3.5" and "e.g. this" end none
+  function standard(prompt) {
+    need(prompt);
+    const found = names.map(() => []), ruled = [], spare = [];
+    const keep = (all, code, quote) => { found[2].push((code || quote || "").trim()); return "\n\n"; };
+    let whole = -1; // the band that takes lines whole, up to the next blank one
+    for (let line of prompt.replace(/```[^\n`]*\n?([^]*?)```|\"\"\"([^]*?)\"\"\"/g, keep).split("\n")) {
+      const [, head, tail] = line.match(/^([^:]{2,80}):(.*)$/) || [], n = LABELS.findIndex((list) => list.test(head));
+      if (n >= 0) [whole, line] = [n, tail]; else if (!line.trim()) whole = -1;
+      if (whole >= 0) found[whole].push(line.trim());
+      if (n === 2 && RULES[last].test(head)) line = head; else if (whole >= 0) continue; // "Sum up the following:"
+      for (const sentence of (line.match(SENTENCE) || []).map((one) => one.trim()).filter(Boolean)) {
+        const bands = RULES.map((list) => list.test(sentence));
+        bands.forEach((holds, band) => holds && (band === last && bands[3] ? ruled : found[band]).push(sentence));
+        if (!bands.includes(true)) spare.push(sentence);
       }
     }
-  };
+    if (!found[last].length) found[last] = ruled.length ? ruled : spare; // an order that is a rule too, or the rest
+    const fragments = names.map((t, n) => ({n, t, x: found[n].filter(Boolean).join("\n")})).filter(({x}) => x);
+    return {formula, T: axis, fragments: fragments.length ? fragments : [{n: last, t: names[last], x: prompt.trim()}]};
+  }
+  async function health() {
+    const reply = await fetch(base + "/health", {signal: AbortSignal.timeout(4000)}).catch(() => null); // ms
+    const body = await reply?.json().catch(() => null); // what stands on the way may have answered
+    return body?.status ? body : {status: "offline", reason: reply ? "unavailable" : "unreachable"};
+  }
+  let watchers = [], calls = new Map(), next, turn = 0; // calls: what buttons have begun, by target
+  async function look() {
+    clearTimeout(next);
+    if (document.hidden || !watchers.length) return;
+    const mine = ++turn, state = await health(), offline = !["ok", "busy"].includes(state.status);
+    if (mine !== turn) return; // a later look has begun meanwhile
+    next = setTimeout(look, POLL);
+    watchers.forEach((call) => call(state, offline));
+  }
+  const watch = (call) => { watchers.push(call); look(); };
+  document.addEventListener("visibilitychange", look);
+  async function press(button, {scatterFrom, scatterTo, scatterStandard: rules}) {
+    const [from, to] = [scatterFrom, scatterTo].map((path) => document.querySelector(path));
+    if (calls.has(to)) return calls.get(to).button === button && calls.get(to).stop.abort();
+    const tell = (type, detail) => to.dispatchEvent(new CustomEvent("scatter-" + type, {cancelable: true, detail}));
+    const add = (parent, tag) => parent.appendChild(document.createElement(tag));
+    const waiting = names.map(() => ""), stop = new AbortController();
+    const field = (n) => {
+      const part = to.querySelector(`[data-band="${n}"]`) || add(to, "section");
+      if (!part.firstChild) { part.dataset.band = n; add(part, "strong").textContent = names[n]; add(part, "p"); }
+      return part.lastElementChild;
+    };
+    const paint = () => waiting.forEach((text, n) => { if (text) field(n).append(text); waiting[n] = ""; });
+    const onBand = (n, name, text, delta) => {
+      if (!waiting.some(Boolean)) requestAnimationFrame(paint); // one write a band and frame, however fast it comes
+      waiting[n] += delta;
+      tell("band", {n, name, text, delta});
+    };
+    const onQueued = (position) => tell("queued", {position}), onStarted = (detail) => tell("started", detail);
+    calls.set(to, {button, stop}) && to.setAttribute("aria-busy", "true");
+    to.querySelector("[data-error]")?.remove();
+    for (const part of to.querySelectorAll("[data-band]")) part.lastElementChild.textContent = "";
+    tell("sent");
+    try {
+      const prompt = from.value ?? from.textContent, options = {onBand, onQueued, onStarted, signal: stop.signal};
+      const done = rules === undefined ? await scatter(prompt, options) : {sinc: standard(prompt)};
+      paint();
+      for (const {n, x} of done.sinc.fragments) if (field(n).textContent !== x) field(n).textContent = x;
+      tell("done", done);
+    } catch (error) {
+      paint();
+      const note = tell("error", error) && Object.assign(add(to, "p"), {role: "alert", textContent: error.message});
+      if (note) note.dataset.error = error.code;
+    }
+    calls.delete(to), to.removeAttribute("aria-busy");
+    look();
+  }
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-scatter-from]");
+    if (button) event.preventDefault(); // in a form it would submit
+    if (button && event.detail < 2) press(button, button.dataset); // the second half of a double click would cancel
+  });
+  const begin = () => document.querySelector("[data-scatter-from]") && watch((state, offline) => {
+    for (const button of document.querySelectorAll("[data-scatter-from]:not([data-scatter-standard])")) {
+      const disabled = offline && calls.get(document.querySelector(button.dataset.scatterTo))?.button !== button;
+      Object.assign(button, {disabled, title: disabled ? "model offline" : ""});
+    }
+  });
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", begin); else begin();
+  const text = ({fragments}) => fragments.map(({t, x}) => `[${t}]\n${x}`).join("\n\n");
+  window.scatter = Object.assign(scatter, {standard, text, health, watch});
 })();
-""".replace("BAND_NAMES", ENCODE([band.name for band in BANDS]))
+""".replace("SCATTER_BANDS", json.dumps({"names": [name for name, *_ in BANDS], "formula": FORMULA, "axis": AXIS}))
 SCRIPT = r"""
-const [prompt, send, said, bands] = ["prompt", "send", "said", "bands"].map((id) => document.getElementById(id));
-let call; // the one that runs
-const texts = [...bands.querySelectorAll("p")], say = (text) => { said.textContent = text; };
-send.onclick = async () => {
-  if (call) return call.abort();
-  call = new AbortController();
-  texts.forEach((text) => { text.textContent = ""; });
-  send.textContent = "Cancel", say("Sent.");
-  const onBand = (n, name, delta) => { texts[n].append(delta); };
-  const onQueued = (position) => say(position > 1 ? `In the queue: place ${position}.` : "You are next.");
-  await scatter(prompt.value, {onBand, onQueued, signal: call.signal}).then(({metrics: m}) =>
-    say(`${m.tokens} tokens in ${m.gen_time.toFixed(2)} s: ${m.tok_per_s.toFixed(1)} tok/s (${m.cache}).`),
-    (error) => say(error.name === "AbortError" ? "Cancelled." : error.message));
-  call = undefined, send.textContent = "AI Transform", look();
-};
-async function look() { // the button is off while the model is, and back within 3 s
-  const state = await fetch("health", {cache: "no-store"}).then((reply) => reply.json()).catch(() => ({}));
-  send.disabled = !call && !["ok", "busy"].includes(state.status);
-  send.title = send.disabled ? "model offline" : "";
+const at = (id) => document.getElementById(id), now = () => performance.now() / 1000; // s
+const REASONS = {no_tunnel: "The workstation with the model is not connected.", warming: "The model is being loaded.",
+  silent_link: "The link to the workstation has gone quiet.", paused: "The workstation's owner is using it.",
+  no_model_server: "The workstation's model server is not running.", model_missing: "Its server lacks the model.",
+  unavailable: "The server behind this page is away just now.", unreachable: "This page cannot reach its server."};
+let call = null, sinc = null, stats = null; // call: the one that runs; sinc: the document on show
+// Writes only what has changed, or a screen reader would repeat it.
+const put = (id, text) => { if (at(id).textContent !== text) at(id).textContent = text; };
+const say = (text, state = "") => { at("status").dataset.state = state; put("status", text); };
+const mark = (n) => at("bands").childNodes.forEach((panel, i) => { panel.dataset.state = i === n ? "writing" : ""; });
+function figures({tok_per_s, gen_time, tokens, ttft}, about = "") {
+  const rows = [["rate", tok_per_s, tok_per_s < 100 ? 1 : 0, about], ["tokens", tokens, 0, about],
+    ["time", gen_time, 2, ""], ["first", ttft, 2, ""]];
+  for (const [id, value, digits, sign] of rows) put(id, Number.isFinite(value) ? sign + value.toFixed(digits) : "–");
 }
-look(), setInterval(look, 3000); // ms
+function frame() {
+  const gen_time = now() - call?.started; // NaN before the start, and so shown as none
+  const tokens = Math.max(call?.deltas, call?.chars / 4) || NaN; // an estimate; the model's own count comes at the end
+  if (call) figures({gen_time, tokens, tok_per_s: tokens / gen_time, ttft: call.ttft}, "≈");
+  if (call) requestAnimationFrame(frame);
+}
+function settle(running, whole, from, text, source, state) {
+  [call, sinc, at("bands").dataset.from] = [running, whole, from];
+  at("standard").disabled = !!running, at("json").disabled = at("plain").disabled = !whole;
+  put("send", running ? "Cancel" : "AI Transform"), put("source", source);
+  mark(-1);
+  say(text, state);
+}
+const ON = {
+  sent: () => { settle({chars: 0, deltas: 0}, null, "", "Sent. Waiting for the model.", ""); frame(); },
+  queued: ({position}) => say(`In the queue: ${position === 1 ? "you are next" : "place " + position}.`),
+  started({backend, model}) {
+    call.started = now(), put("source", `${model} · ${backend}`), say("The model is reading the prompt.");
+  },
+  band({n, text, delta}) {
+    if (text === delta) mark(n);
+    if (!call.deltas++) { call.ttft = now() - call.started; say("The model is writing."); }
+    call.chars += delta.length;
+  },
+  done({sinc: whole, metrics}) {
+    const rules = `Keyword rules in this browser filled ${whole.fragments.length} bands. This was not the model.`;
+    const how = at("source").textContent + ({hit: " · from the cache", joined: " · shared"}[metrics?.cache] || "");
+    if (!metrics) settle(null, whole, "rules", rules, "keyword rules, not the model");
+    else settle(null, whole, "", `Done: ${metrics.tokens} tokens in ${metrics.gen_time.toFixed(2)} s.`, how);
+    figures(metrics || {}), measure();
+  },
+  error({code, message, retryAfter}, event) {
+    const part = call.chars ? " What was written stays." : "", how = at("source").textContent;
+    const said = code ? message : "The answer makes no sense.", wait = retryAfter ? ` Wait ${retryAfter}\u00a0s.` : "";
+    settle(null, null, part && "part", said + wait + part, how, code === "cancelled" ? "" : "bad");
+    event.preventDefault(); // the widget need not say it too
+  }};
+for (const type in ON) at("bands").addEventListener("scatter-" + type, (event) => ON[type](event.detail, event));
+async function copy({target}, label, text) {
+  try { await navigator.clipboard.writeText(text); } catch { return say("Copying needs an https page.", "bad"); }
+  target.textContent = "Copied";
+  setTimeout(() => { target.textContent = label; }, 1500); // ms
+}
+const FLOOR = 156, ROOM = 112; // px; where a bar stands, and how far it may rise
+function draw(parent, tag, attributes, text = "") {
+  const node = parent.appendChild(document.createElementNS(parent.namespaceURI, tag));
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return Object.assign(node, {textContent: text});
+}
+function drawHistogram(svg, wide, {histogram: {edges, counts}, elapsed}) {
+  const step = wide / counts.length, width = Math.max(1, Math.min(48, step - 2)), most = Math.max(...counts);
+  counts.forEach((count, i) => {
+    const x = i * step, height = count / most * ROOM, place = {class: "bar", x, y: FLOOR - height, width, height};
+    draw(draw(svg, "rect", place), "title", {}, `${edges[i]} to ${edges[i + 1]} s: ${count}`);
+    if (i % Math.ceil(56 / step) === 0) draw(svg, "text", {x, y: FLOOR + 18}, `${edges[i]} s`);
+  });
+  for (const [y, name] of [[12, "p50"], [29, "p95"]]) {
+    const x = (elapsed[name] - edges[0]) / (edges.at(-1) - edges[0]) * wide, left = x > wide / 2;
+    const place = {class: "key", y, x: x + (left ? -6 : 6), "text-anchor": left ? "end" : "start"};
+    draw(svg, "path", {class: "mark", d: `M${x} ${y - 10}V${FLOOR}`});
+    draw(svg, "text", place, `${name} ${elapsed[name].toFixed(2)} s`);
+  }
+}
+function drawTrace(svg, wide, rates) {
+  const most = Math.max(...rates), y = (rate) => FLOOR - rate / most * (ROOM + 16), newest = rates.at(-1);
+  const points = rates.map((rate, i) => `${i / (rates.length - 1 || 1) * wide} ${y(rate)}`);
+  draw(svg, "path", {class: "trace", d: "M" + points.join("L")});
+  draw(svg, "text", {x: 0, y: y(most) - 8}, `${most.toFixed(0)} tok/s`);
+  draw(svg, "text", {class: "key", x: wide + 6, y: y(newest) + 4}, newest.toFixed(0));
+  draw(svg, "text", {x: 0, y: FLOOR + 18}, `${rates.length} answers, the newest at the right`);
+}
+function drawCharts() {
+  const svgs = [at("histogram"), at("trace")], wide = svgs[1].clientWidth - 40; // px; a label stands at the end
+  for (const svg of svgs) { svg.replaceChildren(); draw(svg, "path", {class: "axis", d: `M0 ${FLOOR}H${wide}`}); }
+  if (!stats?.documents) return;
+  const {documents, elapsed: {p50, p95}, hit_share, availability} = stats;
+  put("summary", `${documents} documents: half within ${p50.toFixed(2)} s, 95 % within ${p95.toFixed(2)} s. Hits: ` +
+    `${(hit_share * 100).toFixed(1)} %. The model was there ${(availability * 100).toFixed(1)} % of the last 24 h.`);
+  drawHistogram(svgs[0], wide, stats);
+  drawTrace(svgs[1], wide, stats.recent.map((one) => one.tok_per_s));
+}
+async function measure() { // where no answer comes, the charts stay as they are
+  stats = await fetch("stats", {cache: "no-store"}).then((reply) => reply.json()).catch(() => stats);
+  drawCharts();
+}
+const PRESS = {json: (event) => copy(event, "Copy as JSON", JSON.stringify(sinc, null, 2)),
+  plain: (event) => copy(event, "Copy as text", scatter.text(sinc)),
+  whole: ({target}) => target.setAttribute("aria-pressed", at("bands").classList.toggle("whole")),
+  example: () => { at("prompt").value = at("prompt").placeholder; at("prompt").focus(); }};
+for (const id in PRESS) at(id).addEventListener("click", PRESS[id]);
+document.addEventListener("keydown", ({key, ctrlKey, metaKey}) => {
+  const sends = key === "Enter" && (ctrlKey || metaKey) && !call, cancels = key === "Escape" && call;
+  if (sends && at("send").disabled) say(at("reason").textContent, "bad");
+  else if (sends || cancels) at("send").click();
+});
+scatter.watch(({status, reason, queue}, offline) => {
+  const why = REASONS[status === "warming" ? status : reason] || "The model is away.";
+  const wait = status === "busy" && !call ? `The model is busy; ${queue.waiting} in the queue before you.` : "";
+  put("reason", offline ? `${why} This button comes back by itself; Transform works meanwhile.` : wait);
+  put("health", `model ${status === "ok" ? "ready" : status}`), at("health").dataset.state = status;
+});
+new ResizeObserver(drawCharts).observe(at("trace"));
+setInterval(() => document.hidden || call || measure(), 10000), measure(); // ms
 """
-PANELS = "".join(f'<section aria-label="{name}"><h2>{name}</h2><p></p></section>' for name, *_ in BANDS)
-PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>scatter</title><link rel="icon" href="data:,"><style>{STYLE}</style><h1>scatter</h1>
-<p><label for="prompt">Prompt</label><textarea id="prompt" rows="6"></textarea></p>
-<p><button id="send" disabled title="model offline">AI Transform</button></p><p id="said" role="status"></p>
-<div id="bands">{PANELS}</div><script src="transform.js"></script><script>{SCRIPT}</script></html>
+WAVE = "M1 15c3 0 3 3 5 3s3-6 5-6 2 4 3 4c1 0 1-14 3-14s2 14 3 14c1 0 1-4 3-4s3 6 5 6 2-3 5-3"
+PANELS = "".join(
+    f'<article class="band" data-band="{n}"><h3 id="band{n}">{n} {html.escape(name)}</h3><div class="text" '
+    f'tabindex="0" role="group" dir="auto" aria-labelledby="band{n}" data-empty="{html.escape(holds)}"></div></article>'
+    for n, (name, holds, *_) in enumerate(BANDS)
+)
+PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>scatter</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:image/svg+xml,%3Csvg
+ xmlns='http://www.w3.org/2000/svg' viewBox='0 -6 34 34' fill='none' stroke='%236577e8' stroke-width='3'%3E%3Cpath
+ d='{WAVE}'/%3E%3C/svg%3E"><style>{STYLE}</style>
+<header><h1><svg viewBox="0 0 34 22" aria-hidden="true"><path d="{WAVE}"/></svg>scatter</h1>
+<p id="health" role="status">asking for the model</p></header>
+<main><section class="ask" aria-label="Prompt"><h2 class="lede">A prompt, taken apart.</h2>
+<p>A model on a graphics card at home writes it anew in bands: a specification that another model can follow.</p>
+<p class="row"><label for="prompt">Prompt</label><button class="small link" id="example">Use the example</button></p>
+<textarea id="prompt" dir="auto" aria-describedby="keys" placeholder=
+"Write a welcome e-mail for new customers. We are a small bakery in Porto. Plain text, never more than 120 words."
+></textarea><p class="fine" id="keys">Ctrl + Enter sends, Esc cancels</p>
+<p class="row buttons"><button class="primary" id="send" disabled title="model offline" aria-describedby="reason"
+ data-scatter-from="#prompt" data-scatter-to="#bands">AI Transform</button><button id="standard" data-scatter-standard
+ data-scatter-from="#prompt" data-scatter-to="#bands">Transform</button></p><p class="fine" id="reason"></p>
+<dl id="figures"><div><dt>tok/s</dt><dd id="rate">–</dd></div><div><dt>seconds</dt><dd id="time">–</dd></div>
+<div><dt>tokens</dt><dd id="tokens">–</dd></div><div><dt>first word</dt><dd id="first">–</dd></div></dl>
+<p class="fine" id="source"></p><p id="status" role="status"></p></section>
+<section aria-labelledby="heading"><div class="row"><h2 id="heading">Bands</h2><button class="small" id="json" disabled
+>Copy as JSON</button><button class="small" id="plain" disabled>Copy as text</button><button class="small" id="whole"
+ aria-pressed="false">Expand</button></div><div id="bands">{PANELS}</div></section></main>
+<section class="speed" aria-labelledby="speed"><h2 id="speed">How fast it has been</h2><p class="fine" id="summary">No
+ document yet: the charts begin with the first.</p><div class="charts"><figure><figcaption>Documents by time, from
+ dispatch to last token</figcaption><svg id="histogram" aria-hidden="true"></svg></figure><figure><figcaption>Tokens a
+ second, answer by answer</figcaption><svg id="trace" aria-hidden="true"></svg></figure></div></section>
+<footer>{FORMULA}<br>For any page of this site: <code>&lt;script src="/api/ai-transform/transform.js"&gt;&lt;/script&gt;
+</code></footer><script src="transform.js"></script><script>{SCRIPT}</script></html>
 """
-HASHES = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT)]
-WIDGET_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-cache"}
-# Only what stands above may run, and the page may only talk to us (W3C CSP 3).
-CSP = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'; "
-CSP += f"img-src data:; style-src 'sha256-{HASHES[0]}'; script-src 'self' 'sha256-{HASHES[1]}'"
-PAGE_HEADERS = WIDGET_HEADERS | {"content-security-policy": CSP}
+
+
+def csp_hash(text: str) -> str:
+    """Return text's hash as a source of a Content-Security-Policy (W3C CSP 3)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+WIDGET_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+# Only the style and the scripts above may run, the page may only talk to us, and no text can become markup.
+PAGE_HEADERS = WIDGET_HEADERS | {
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    f"connect-src 'self'; img-src data:; style-src {csp_hash(STYLE)}; script-src 'self' {csp_hash(SCRIPT)}; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 # --- routes -------------------------------------------------------------------
