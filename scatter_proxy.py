@@ -2,6 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
+#     "httpx>=0.28",
 #     "starlette>=1.7",
 #     "uvicorn>=0.40",
 # ]
@@ -43,14 +44,14 @@ from typing import Any, NamedTuple, NoReturn
 
 try:
     import anyio
-    import h11  # what uvicorn stands on
+    import httpcore  # what httpx stands on; with it a connection is ours to keep, and to break off
     import uvicorn
     from starlette.datastructures import Headers
     from starlette.middleware.cors import CORSMiddleware
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.types import Receive, Scope, Send
 except ImportError as exc:
-    sys.exit(f"error: {exc.name} is not installed: python3 -m pip install starlette uvicorn")
+    sys.exit(f"error: {exc.name} is not installed: python3 -m pip install httpx starlette uvicorn")
 
 VERSION = "1.0.0"
 log = logging.getLogger("scatter")
@@ -409,6 +410,36 @@ class OpenAI:
 # --- backends -----------------------------------------------------------------
 
 
+ORIGIN = httpcore.Origin(b"http", b"localhost", 80)
+HEADERS = [(b"Host", b"localhost"), (b"Content-Type", b"application/json")]  # Ollama refuses another machine's Host
+BROKEN = (httpcore.NetworkError, httpcore.ProtocolError, OSError)
+
+
+class Wire(httpcore.AsyncNetworkStream):
+    """asyncio's streams for httpcore, with a request's head and body in one write.
+
+    sshd before 10.1 leaves Nagle's algorithm on for forwards, where a second write would wait 40 ms.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer, self._unsent = reader, writer, b""
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Keep what is to be sent until the answer is read for."""
+        self._unsent += buffer
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Send what was kept, and read."""
+        if self._unsent:
+            self._writer.write(self._unsent)
+            self._unsent = b""
+        return await self._reader.read(max_bytes)
+
+    async def aclose(self) -> None:
+        """Break the connection off at once: the model must stop."""
+        self._writer.transport.abort()
+
+
 class Lane:
     """One connection to a backend, kept from request to request: a slot's, or the probe's, which no slot can delay."""
 
@@ -416,7 +447,8 @@ class Lane:
         self._address = address  # a Unix socket's path, or http://HOST:PORT
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._http = h11.Connection(h11.CLIENT)
+        self._http: httpcore.AsyncHTTP11Connection | None = None
+        self._body: AsyncIterator[bytes] | None = None  # of the answer that is being read
         self._lock = asyncio.Lock()  # a job may come while its idle lane is being opened again
 
     def is_dropped(self) -> bool:
@@ -435,37 +467,39 @@ class Lane:
 
         Raises LinkLost, BackendError where the status is not 200, ValueError for what was compressed unasked.
         """
-        # Ollama refuses a Host that is not its own machine's.
-        headers = [("Host", "localhost"), ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        request = h11.Request(method="POST" if body else "GET", target=path, headers=headers)
-        await self._lock.acquire()
-        is_kept = self._writer is not None and not self.is_dropped()
-        try:
+        headers = [*HEADERS, (b"Content-Length", b"%d" % len(body))]
+        url = httpcore.URL(scheme=b"http", host=b"localhost", target=path.encode())
+        request = httpcore.Request(b"POST" if body else b"GET", url, headers=headers, content=body)
+        async with self._lock:
+            is_kept, answer = self._writer is not None and not self.is_dropped(), None
             try:
-                head = await self._send(request, body, is_kept)
-            except (OSError, h11.RemoteProtocolError):
-                if not is_kept:
-                    raise
-                head = await self._send(request, body, False)  # it was closed for idleness just as we wrote
-            if any(name == b"content-encoding" for name, _ in head.headers):
-                raise ValueError("compressed, though not asked to be")  # a bomb, perhaps
-            if head.status_code != 200:
-                answer = await self.read_all()
-                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                    code = json.loads(answer)["error"]["code"]  # the guard at home says so what it found
-                    if head.status_code in (502, 503) and code in ("paused", "no_model_server"):
-                        raise LinkLost(code)
-                raise BackendError(head.status_code, answer[:4096].decode("utf-8", "replace"))
-            yield
-        except (OSError, h11.RemoteProtocolError):
-            raise LinkLost("no_model_server") from None
-        finally:
-            if self._http.their_state is not h11.DONE or self._http.trailing_data[0]:
-                self.close()
-            self._lock.release()
+                try:
+                    answer = await self._send(request, is_kept)
+                except BROKEN:
+                    if not is_kept:
+                        raise
+                    answer = await self._send(request, False)  # it was closed for idleness just as we wrote
+                self._body = aiter(answer.stream)
+                if any(name.lower() == b"content-encoding" for name, _ in answer.headers):
+                    raise ValueError("compressed, though not asked to be")  # a bomb, perhaps
+                if answer.status != 200:
+                    said = await self.read_all()
+                    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                        code = json.loads(said)["error"]["code"]  # the guard at home says so what it found
+                        if answer.status in (502, 503) and code in ("paused", "no_model_server"):
+                            raise LinkLost(code)
+                    raise BackendError(answer.status, said[:4096].decode("utf-8", "replace"))
+                yield
+            except BROKEN:
+                raise LinkLost("no_model_server") from None
+            finally:
+                if answer:
+                    await answer.aclose()
+                if not (self._http and self._http.is_idle()):
+                    self.close()
 
-    async def _send(self, request: h11.Request, body: bytes, is_kept: bool) -> h11.Response:
-        """Send a request, on a new connection unless the old one is kept; return the answer's head."""
+    async def _send(self, request: httpcore.Request, is_kept: bool) -> httpcore.Response:
+        """Send a request, on a new connection unless the old one is kept; return the answer, its body still to read."""
         if not is_kept:
             self.close()
             host, _, port = self._address.removeprefix("http://").partition(":")
@@ -477,22 +511,12 @@ class Lane:
                         self._reader, self._writer = await asyncio.open_connection(host, int(port or 80))
             except OSError as exc:
                 raise LinkLost("silent_link" if isinstance(exc, TimeoutError) else "no_tunnel") from None
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
-        # One write: sshd before 10.1 leaves Nagle's algorithm on for forwards, where a second one would wait 40 ms.
-        self._writer.write(b"".join(map(self._http.send, (request, h11.Data(data=body), h11.EndOfMessage()))))
-        while type(head := await self._next()) is not h11.Response:
-            pass  # 100 and 103 only announce it
-        return head
-
-    async def _next(self) -> Any:
-        while (event := self._http.next_event()) is h11.NEED_DATA:
-            self._http.receive_data(await self._reader.read(65536))
-        return event
+            self._http = httpcore.AsyncHTTP11Connection(ORIGIN, Wire(self._reader, self._writer))
+        return await self._http.handle_async_request(request)
 
     async def read(self) -> bytes:
         """Return the next piece of the answer's body, nothing at its end."""
-        event = await self._next() if self._http.their_state is h11.SEND_BODY else None
-        return bytes(event.data) if type(event) is h11.Data else b""
+        return await anext(self._body, b"")
 
     async def read_all(self) -> bytes:
         """Return what is left of the answer's body, cut where it is longer than a line may be."""
