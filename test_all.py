@@ -509,7 +509,8 @@ def test_document_with_its_numbers(front: Proxy) -> None:
     assert answer.status_code == 200 and sinc_prompt.validate(document) == (True, [])
     assert [f["t"] for f in document["fragments"]] == BAND_NAMES
     assert answer.headers["x-tokens"] == "60" and answer.headers["x-cache"] == "miss"
-    assert float(answer.headers["x-tok-per-s"]) == pytest.approx(60 / float(answer.headers["x-gen-time"]), rel=0.2)
+    speed, spent = float(answer.headers["x-tok-per-s"]), float(answer.headers["x-gen-time"])  # the latter in whole ms
+    assert 60 / (spent + 0.0006) <= speed <= 60 / (spent - 0.0006)
     assert re.fullmatch(r"queue;dur=[\d.]+, ttft;dur=[\d.]+, gen;dur=[\d.]+", answer.headers["server-timing"])
     assert re.fullmatch("[0-9a-f]{12}", answer.headers["x-request-id"])
 
