@@ -9,8 +9,9 @@
 # ///
 """The VPS's end of scatter: a website's front door to a model on a GPU at home.
 
-    python3 scatter_proxy.py    serve
-    uv run scatter_proxy.py     serve, with the packages above fetched by uv
+    python3 scatter_proxy.py                serve
+    python3 scatter_proxy.py stats [LOG …]  print the distribution of what the log holds
+    uv run scatter_proxy.py                 the same, with the packages above fetched by uv
 
 The life of a request: read and judged (routes), it becomes a reader of a job (jobs); the job waits its turn (queue) for
 a slot of a backend (backends), which writes JSON that is read as it comes (bands) into the job's log of events; every
@@ -36,7 +37,7 @@ import socket
 import sys
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from logging.handlers import RotatingFileHandler, WatchedFileHandler
@@ -135,7 +136,7 @@ def converter(setting: Field[Any]) -> Callable[[str], Any]:
 
 def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Read the settings: a flag wins over its variable, which wins over the default. Raises Unable."""
-    parser = Parser("scatter_proxy.py", description="A website's front door to a model at home.", allow_abbrev=False)
+    parser = Parser("scatter_proxy.py", description="Serve, or: scatter_proxy.py stats [LOG …]", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"scatter_proxy {VERSION}")
     told = []
     for f in fields(Settings):
@@ -1178,6 +1179,83 @@ def prometheus(queue: Queue, lost: int) -> str:
     return "\n".join(rows) + "\n"
 
 
+class History:
+    """What the lines of logs tell; torn, foreign and future ones are passed over, and counted."""
+
+    _decode = staticmethod(json.JSONDecoder().raw_decode)  # json.loads would take half as long again
+
+    def __init__(self) -> None:
+        self.lines = self.skipped = 0
+        self.codes: Counter[tuple[int, str]] = Counter()
+        # Of documents, by where they came from: a list of values for each of NUMBERS.
+        self.columns: dict[str, list[list[float]]] = {name: [[] for _ in NUMBERS] for name in ("miss", "joined", "hit")}
+        self._up: set[str] = set()  # the backends that are up
+        self._since = self._changed = self._last = self._up_seconds = 0.0  # the first three in epoch seconds
+        self._latest = time.time() + 60  # epoch s; clocks may differ a bit
+
+    def take(self, line: str) -> None:
+        """Take one line of a log."""
+        self.lines += 1
+        try:
+            record, end = self._decode(line)
+            ts = record["ts"]
+            if not 0 < ts <= self._latest or len(line) > end + 1:
+                raise ValueError("a clock that was wrong, or two lines in one")
+            if "event" in record:
+                self._up_seconds += ts - self._changed if self._up else 0
+                self._since, self._changed = self._since or ts, ts
+                (self._up.add if record["event"] == "up" else self._up.discard)(record["backend"])
+            elif record["code"] == "ok":
+                elapsed, ttft, speed = record["elapsed"], record["ttft"], record["tok_per_s"]
+                if not 0 <= elapsed + ttft + speed < math.inf:
+                    raise ValueError("a number that is none")
+                columns = self.columns[record["cache"]]
+                columns[0].append(elapsed)
+                columns[1].append(ttft)
+                columns[2].append(speed)
+            else:
+                self.codes[REFUSALS[record["code"]][0], record["code"]] += 1
+            self._last = max(self._last, ts)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self.skipped += 1
+
+    def report(self) -> Iterator[str]:
+        """Yield what there is to tell, in lines of at most 80 columns."""
+        hits, documents = len(self.columns["hit"][0]), sum(len(elapsed) for elapsed, *_ in self.columns.values())
+        codes = self.codes + Counter({(200, "ok"): documents})
+        total = codes.total()
+        spent = self._last - self._since
+        up = self._up_seconds + (self._last - self._changed if self._up else 0)
+        was_up = f"{up / spent:.3%}" if self._since and spent > 0 else "unknown"
+        yield f"{total:,} requests; {hits / (documents or 1):.1%} of documents were hits; availability {was_up}"
+        yield f"{self.lines:,} lines, {self.skipped:,} of them skipped"
+        for (status, code), n in codes.most_common():
+            yield f"{status:>6} {code:<15}{n:>11,}{n / total:>8.1%}"
+        yield f"\n{'':19}{'count':>11}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}{'max':>10}"
+        for cache, name, values in ((c, *pair) for c in self.columns for pair in zip(NUMBERS, self.columns[c])):
+            if values:
+                figures = "".join(f"{value:>10.2f}" for value in percentiles(values).values())
+                yield f"{cache:<7}{name:<12}{len(values):>11,}{figures}"
+        shown = histogram(self.columns["miss"][0], 20)
+        for edge, n in zip(shown["edges"], shown["counts"]):
+            yield f"from {edge:>6g} s{n:>11,} {'#' * math.ceil(n * 55 / max(shown['counts']))}"
+
+
+def print_stats(paths: Sequence[str]) -> None:
+    """Print what logs tell, oldest file first; on a terminal with a line of progress. Raises Unable."""
+    history, on_terminal = History(), sys.stderr.isatty()
+    for path in paths:
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                for line in iter(partial(file.readline, LINE_LIMIT), ""):  # cut where it is longer than any of ours
+                    history.take(line)
+                    if on_terminal and history.lines % 50_000 == 0:
+                        print(f"{history.lines:,} lines", end="\r", file=sys.stderr, flush=True)
+        except OSError as exc:
+            raise Unable(f"{path}: {exc.strerror}; name logs that can be read", 1) from None
+    print("\n".join(history.report()))
+
+
 # --- page ---------------------------------------------------------------------
 
 # The page holds no data: it fetches health and stats. What comes from outside reaches the DOM as text only.
@@ -1830,7 +1908,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format=form)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     try:
-        serve(parse_settings(argv, os.environ))
+        if argv[:1] == ["stats"] and "--help" not in argv:
+            print_stats(argv[1:] or [parse_settings([], os.environ).log])
+        else:
+            serve(parse_settings(argv, os.environ))
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read us has seen enough; nothing is left to flush
     except Unable as exc:
         print(f"error: {exc}", file=sys.stderr)
         return exc.status

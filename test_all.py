@@ -23,11 +23,13 @@ is skipped, with the reason. `./install.sh test` installs what they need.
 from __future__ import annotations
 
 import ast
-import base64
-import hashlib
 import asyncio
+import base64
 import contextlib
+import hashlib
+import itertools
 import json
+import math
 import os
 import plistlib
 import pty
@@ -991,6 +993,42 @@ def test_stats_and_metrics_agree_with_the_log(tmp_path: Path) -> None:
     assert {s.labels["code"]: s.value for s in families["scatter_requests"].samples} == codes
     count = [s.value for s in families["scatter_generation_seconds"].samples if s.name.endswith("_count")]
     assert count == [2] and families["scatter_generation_seconds"].type == "histogram"
+
+
+def test_stats_of_a_log_are_what_a_plain_count_says(tmp_path: Path) -> None:
+    chance, now, lines, told = random.Random(7), time.time(), [], []
+    for n in range(3000):
+        elapsed, cache = chance.lognormvariate(1, 0.6), chance.choice(("miss", "joined", "hit"))
+        code = chance.choices(["ok", "busy", "cancelled"], [8, 1, 1])[0]
+        told.append({"ts": now - 5000 + n, "code": code, "cache": cache, "elapsed": elapsed, "ttft": elapsed / 5})
+        told[-1]["tok_per_s"] = 200 / elapsed
+        lines.append(json.dumps(told[-1]))
+    events = [(-5000, "up"), (-4000, "down"), (-3000, "up")]  # up for 2,999 of the 3,999 s that the log spans
+    lines += [json.dumps({"ts": now + at, "event": word, "backend": "a"}) for at, word in events]
+    told.append({**told[0], "ts": now - 1001})
+    lines.append(json.dumps(told[-1]))
+    foreign = ["", "no JSON", lines[0][:50], lines[0] + lines[1], "[]", "{}", "1", "[" * 9000, '{"ts": "x"}']
+    wrong = [{"ts": now + 3600}, {"ts": -1}, {"ts": math.nan}, {"code": "x\x1b[2J"}]
+    numbers = ({"cache": None}, {"elapsed": None}, {"ttft": math.nan}, {"ttft": math.inf})
+    wrong += [{"code": "ok", **one} for one in numbers]
+    foreign += [json.dumps({**told[0], **one}) for one in wrong]
+    log = tmp_path / "log"
+    log.write_text("\n".join([*foreign, *lines, lines[2][:30]]))
+
+    result = finished([sys.executable, HERE / "scatter_proxy.py", "stats", log])
+
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert result.returncode == 0 and max(map(len, result.stdout.splitlines())) <= 80
+    assert f"{len(lines) + len(foreign) + 1:,} lines, {len(foreign) + 1} of them skipped" in result.stdout
+    count = Counter(one["code"] for one in told)
+    assert {row[1]: int(row[2].replace(",", "")) for row in rows if row and row[0] in ("200", "499", "503")} == count
+    hits = sum(one["code"] == "ok" and one["cache"] == "hit" for one in told)
+    assert rows[0][:3] == ["3,001", "requests;", f"{hits / count['ok']:.1%}"] and rows[0][-1] == f"{2999 / 3999:.3%}"
+    for cache, name in itertools.product(("miss", "joined", "hit"), sp.NUMBERS):
+        values = sorted(one[name] for one in told if (one["code"], one["cache"]) == ("ok", cache))
+        nearest = [values[math.ceil(share * len(values)) - 1] for share in (0.5, 0.9, 0.95, 0.99, 1)]
+        assert [cache, name, f"{len(values):,}", *(f"{value:.2f}" for value in nearest)] in rows
+    assert finished([sys.executable, HERE / "scatter_proxy.py", "stats", tmp_path / "none"]).returncode == 1
 
 
 # --- page ---------------------------------------------------------------------
