@@ -28,6 +28,7 @@ import contextlib
 import errno
 import hashlib
 import html
+import itertools
 import json
 import logging
 import math
@@ -843,8 +844,8 @@ class Reader:
 class Queue:
     """Who runs where, who waits, and in which order; every change (of jobs, slots, backends) ends in dispatch()."""
 
-    def __init__(self, settings: Settings, stats: Stats, log_file: LogFile) -> None:
-        self.settings, self.stats, self._log_file = settings, stats, log_file
+    def __init__(self, settings: Settings, log_file: LogFile) -> None:
+        self.settings, self.log_file = settings, log_file
         self.backends: dict[str, Backend] = {}  # by name
         self.running: set[Job] = set()
         self.waiting: deque[Job] = deque()
@@ -879,7 +880,7 @@ class Queue:
             reason = backend.reason or None
             log.info("backend %s is %s%s", backend.name, told, f": {reason}" if reason else "")
             told_at = round(time.time(), 3)
-            self._log_file.write({"ts": told_at, "event": told, "backend": backend.name, "reason": reason})
+            self.log_file.write({"ts": told_at, "event": told, "backend": backend.name, "reason": reason})
         self._see_model(backend)
         self.dispatch()
 
@@ -924,7 +925,7 @@ class Queue:
     def _busy(self) -> Refusal:
         """Return a refusal that says when, at the measured pace, the queue will have passed."""
         slots = sum(backend.slots for backend in self.up()) or 1
-        seconds = percentiles(row["elapsed"] for row in self.stats.recent)["p50"] or 5.0  # until there is one
+        seconds = percentiles(self.log_file.history.columns["miss"][0])["p50"] or 5.0  # until there is one
         return Refusal("busy", max(1, min(120, round(seconds * (len(self.waiting) + 1) / slots))))
 
     def leave(self, reader: Reader) -> None:
@@ -994,7 +995,6 @@ class Queue:
         if self._active.get(job.prompt) is job:
             del self._active[job.prompt]
         if job.sinc:
-            self.stats.document(job.metrics)
             self._kept_size -= self._kept.pop(job.prompt).size if job.prompt in self._kept else 0
             hit = self._kept[job.prompt] = job.as_hit()  # another job: this one's readers still replay its log
             self._kept_size += hit.size
@@ -1010,7 +1010,6 @@ class Queue:
     def tick(self, now: float) -> None:
         """Look at the folder, and hold the time limits: of waiting, of running, of a stream's silence."""
         self.look()
-        self.stats.tick(bool(self.up()))
         for job in [job for job in self.waiting if now - job.waits_since > self.settings.queue_seconds]:
             self.waiting.remove(job)
             job.end(self._busy() if self.up() else Refusal("model_offline", 5))
@@ -1053,15 +1052,20 @@ def as_refusal(failure: BaseException | None, backend: Backend) -> Refusal:
 
 
 class LogFile(RotatingFileHandler, WatchedFileHandler):
-    """The JSONL log: one write a line, so that a kill leaves whole lines; rotated by size; begun anew if moved away."""
+    """The JSONL log: one write a line, so that a kill leaves whole lines; rotated by size; begun anew if moved away.
+
+    What is written is counted by the history too, so what /stats and /metrics tell is what the log tells.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__(path, maxBytes=LOG_LIMIT, backupCount=LOG_KEPT, encoding="ascii")
         self._statstream()  # from here on WatchedFileHandler knows which file we hold
-        self.lost = 0
+        self.lost, self.history = 0, History(most=1000)
+        self.history.changes.append((self.history.since, False))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
+        self.history.take(record)
         line = logging.makeLogRecord({"msg": json.dumps(record)})  # ASCII: no text in it can break a line
         try:
             self.reopenIfNeeded()
@@ -1099,138 +1103,76 @@ def histogram(values: Iterable[float], most: int = 24) -> dict[str, list[Any]]:
 
 
 NUMBERS = ("elapsed", "ttft", "tok_per_s")  # s, s, tokens a second: what is told as a distribution
-
-
-class Stats:
-    """The counts and distributions that /stats and /metrics tell."""
-
-    BUCKETS = (0.25, 0.5, 1, 1.5, 2, 3, 5, 8, 13, 21, 34, 60, 120, 300)  # s; 1.5 on a strong GPU, 30 on none
-
-    def __init__(self) -> None:
-        self.since, self.tokens = time.time(), 0
-        self.codes: Counter[str] = Counter()
-        self.cache = {"miss": 0, "joined": 0, "hit": 0}  # where the documents came from
-        self.recent: deque[dict[str, float]] = deque(maxlen=1000)  # documents
-        self.buckets = {"generation": [0] * 15, "time_to_first_token": [0] * 15}
-        self.sums: Counter[str] = Counter()
-        self.minutes = deque([[0, 0]], maxlen=24 * 60)  # of the last day: [ticks, those with a backend up]
-
-    def request(self, code: str, cache: str | None) -> None:
-        """Count an answer, and where a document came from."""
-        self.codes[code] += 1
-        if code == "ok" and cache:
-            self.cache[cache] += 1
-
-    def document(self, metrics: Mapping[str, Any]) -> None:
-        """Count a finished generation."""
-        self.tokens += metrics["tokens"]
-        row = [metrics[name] for name in ("gen_time", "ttft", "tok_per_s")]
-        self.recent.append({name: round(value, 3) for name, value in zip(NUMBERS, row)})
-        for name, seconds in zip(self.buckets, row):
-            self.sums[name] += seconds
-            self.buckets[name][bisect.bisect_left(self.BUCKETS, seconds)] += 1
-
-    def tick(self, is_up: bool) -> None:
-        """Count TICK seconds in which a backend was up, or none."""
-        if self.minutes[-1][0] >= 60 / TICK:
-            self.minutes.append([0, 0])
-        self.minutes[-1][0] += 1
-        self.minutes[-1][1] += is_up
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what /stats answers."""
-        columns = {name: [row[name] for row in self.recent] for name in NUMBERS}
-        ticks, up = map(sum, zip(*self.minutes))
-        told = {"version": VERSION, "since": round(self.since, 3), "documents": len(self.recent)}
-        told |= {name: percentiles(values) for name, values in columns.items()}
-        told |= {"histogram": histogram(columns["elapsed"]), "recent": list(self.recent)[-60:]}
-        share = self.cache["hit"] / (sum(self.cache.values()) or 1)
-        told |= {"cache": self.cache, "codes": dict(self.codes), "hit_share": round(share, 4)}
-        return told | {"availability": round(up / (ticks or 1), 5)}
-
-
-def prometheus(queue: Queue, lost: int) -> str:
-    """Return /metrics in Prometheus's text format 0.0.4."""
-    stats, rows = queue.stats, []
-
-    def metric(name: str, kind: str, text: str, values: Mapping[str, float] | float, label: str = "") -> None:
-        rows.extend([f"# HELP {name} {text}", f"# TYPE {name} {kind}"])
-        labelled = values.items() if isinstance(values, Mapping) else [("", values)]
-        rows.extend(f"{name}{{{label}={ENCODE(k)}}} {v}" if label else f"{name}{k} {v}" for k, v in labelled)
-
-    metric("scatter_requests_total", "counter", "Prompts answered.", stats.codes, "code")
-    metric("scatter_cache_total", "counter", "Documents answered.", stats.cache, "result")
-    metric("scatter_tokens_total", "counter", "Tokens generated.", stats.tokens)
-    metric("scatter_queue_waiting", "gauge", "Jobs that wait for a slot.", len(queue.waiting))
-    metric("scatter_queue_running", "gauge", "Jobs that run.", len(queue.running))
-    up = {name: int(not backend.reason) for name, backend in queue.backends.items()}
-    metric("scatter_backend_up", "gauge", "Whether it takes jobs.", up, "backend")
-    for name, counts in stats.buckets.items():
-        edges = [*map(float, stats.BUCKETS), "+Inf"]
-        samples = {f'_bucket{{le="{edge}"}}': sum(counts[: n + 1]) for n, edge in enumerate(edges)}
-        samples |= {"_sum": round(stats.sums[name], 6), "_count": sum(counts)}
-        metric(f"scatter_{name}_seconds", "histogram", "Of finished generations.", samples)
-    metric("scatter_log_lines_lost_total", "counter", "Log lines that could not be written.", lost)
-    metric("process_cpu_seconds_total", "counter", "User and system.", round(time.process_time(), 3))
-    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:  # Linux alone has it
-        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        metric("process_resident_memory_bytes", "gauge", "RSS.", resident)
-        metric("process_open_fds", "gauge", "Open descriptors.", len(os.listdir("/proc/self/fd")))
-    return "\n".join(rows) + "\n"
+BUCKETS = (0.25, 0.5, 1, 1.5, 2, 3, 5, 8, 13, 21, 34, 60, 120, 300)  # s; 1.5 on a strong GPU, 30 on none
 
 
 class History:
-    """What the lines of logs tell; torn, foreign and future ones are passed over, and counted."""
+    """What the log's records tell; most bounds how many documents are remembered, of each kind: None for all."""
 
-    _decode = staticmethod(json.JSONDecoder().raw_decode)  # json.loads would take half as long again
+    def __init__(self, most: int | None = None) -> None:
+        self.since, self.last = time.time(), 0.0  # epoch s; the latter of the last record
+        self.codes: Counter[str] = Counter()
+        self.cache = {"miss": 0, "joined": 0, "hit": 0}  # where the documents came from
+        # Of the documents, by where they came from: the values of each of NUMBERS.
+        self.columns = {cache: tuple(deque((), most) for _ in NUMBERS) for cache in self.cache}
+        self.tokens, self.sums = 0, Counter[str]()  # of generations; s
+        self.buckets = {"generation": [0] * 15, "time_to_first_token": [0] * 15}
+        self._up: set[str] = set()  # backends
+        self.changes: deque[tuple[float, bool]] = deque(maxlen=10_000)  # (epoch s, whether a backend was up from then)
 
-    def __init__(self) -> None:
-        self.lines = self.skipped = 0
-        self.codes: Counter[tuple[int, str]] = Counter()
-        # Of documents, by where they came from: a list of values for each of NUMBERS.
-        self.columns: dict[str, list[list[float]]] = {name: [[] for _ in NUMBERS] for name in ("miss", "joined", "hit")}
-        self._up: set[str] = set()  # the backends that are up
-        self._since = self._changed = self._last = self._up_seconds = 0.0  # the first three in epoch seconds
-        self._latest = time.time() + 60  # epoch s; clocks may differ a bit
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Count a record. Raises ValueError, TypeError or KeyError where it is none of ours, and counts nothing."""
+        ts, code = record["ts"], record.get("code")
+        if "event" in record:
+            (self._up.add if record["event"] == "up" else self._up.discard)(record["backend"])
+            self.changes.append((ts, bool(self._up)))
+        elif code == "ok":
+            columns, tokens = self.columns[record["cache"]], record["tokens"]
+            elapsed, ttft, speed = record["elapsed"], record["ttft"], record["tok_per_s"]
+            if not 0 <= elapsed + ttft + speed + tokens < math.inf:
+                raise ValueError("a number that is none")
+            for column, value in zip(columns, (elapsed, ttft, speed)):
+                column.append(value)
+            self.cache[record["cache"]] += 1
+            if record["cache"] == "miss":
+                self.tokens += tokens
+                for name, seconds in (("generation", elapsed), ("time_to_first_token", ttft)):
+                    self.sums[name] += seconds
+                    self.buckets[name][bisect.bisect_left(BUCKETS, seconds)] += 1
+        elif code not in REFUSALS:
+            raise ValueError("an unknown code")
+        if code:
+            self.codes[code] += 1
+        self.last = max(self.last, ts)
 
-    def take(self, line: str) -> None:
-        """Take one line of a log."""
-        self.lines += 1
-        try:
-            record, end = self._decode(line)
-            ts = record["ts"]
-            if not 0 < ts <= self._latest or len(line) > end + 1:
-                raise ValueError("a clock that was wrong, or two lines in one")
-            if "event" in record:
-                self._up_seconds += ts - self._changed if self._up else 0
-                self._since, self._changed = self._since or ts, ts
-                (self._up.add if record["event"] == "up" else self._up.discard)(record["backend"])
-            elif record["code"] == "ok":
-                elapsed, ttft, speed = record["elapsed"], record["ttft"], record["tok_per_s"]
-                if not 0 <= elapsed + ttft + speed < math.inf:
-                    raise ValueError("a number that is none")
-                columns = self.columns[record["cache"]]
-                columns[0].append(elapsed)
-                columns[1].append(ttft)
-                columns[2].append(speed)
-            else:
-                self.codes[REFUSALS[record["code"]][0], record["code"]] += 1
-            self._last = max(self._last, ts)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            self.skipped += 1
+    def availability(self, since: float, until: float) -> float:
+        """Return the share of the time since then (epoch s), as far as it is known, in which a backend was up."""
+        changes = [*self.changes, (until, False)]
+        begin = max(since, changes[0][0])
+        spans = (max(0.0, then - max(at, begin)) for (at, is_up), (then, _) in itertools.pairwise(changes) if is_up)
+        return sum(spans) / (until - begin) if until > begin else 0.0
+
+    def hit_share(self) -> float:
+        """Return the share of documents that were hits."""
+        return self.cache["hit"] / (sum(self.cache.values()) or 1)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what /stats answers."""
+        now, columns = time.time(), dict(zip(NUMBERS, self.columns["miss"]))
+        recent = [dict(zip(NUMBERS, row)) for row in list(zip(*columns.values()))[-60:]]
+        told = {"version": VERSION, "since": round(self.since, 3), "documents": len(columns["elapsed"])}
+        told |= {name: percentiles(values) for name, values in columns.items()}
+        told |= {"histogram": histogram(columns["elapsed"]), "recent": recent, "codes": dict(self.codes)}
+        told |= {"cache": self.cache, "hit_share": round(self.hit_share(), 4)}
+        return told | {"availability": round(self.availability(now - 86_400, now), 5)}
 
     def report(self) -> Iterator[str]:
-        """Yield what there is to tell, in lines of at most 80 columns."""
-        hits, documents = len(self.columns["hit"][0]), sum(len(elapsed) for elapsed, *_ in self.columns.values())
-        codes = self.codes + Counter({(200, "ok"): documents})
-        total = codes.total()
-        spent = self._last - self._since
-        up = self._up_seconds + (self._last - self._changed if self._up else 0)
-        was_up = f"{up / spent:.3%}" if self._since and spent > 0 else "unknown"
-        yield f"{total:,} requests; {hits / (documents or 1):.1%} of documents were hits; availability {was_up}"
-        yield f"{self.lines:,} lines, {self.skipped:,} of them skipped"
-        for (status, code), n in codes.most_common():
-            yield f"{status:>6} {code:<15}{n:>11,}{n / total:>8.1%}"
+        """Yield what `stats` prints, in lines of at most 80 columns."""
+        total = self.codes.total()
+        was_up = f"{self.availability(0, self.last):.3%}" if self.changes else "unknown"
+        yield f"{total:,} requests; {self.hit_share():.1%} of documents were hits; availability {was_up}"
+        for code, n in self.codes.most_common():
+            yield f"{REFUSALS[code][0] if code in REFUSALS else 200:>6} {code:<15}{n:>11,}{n / total:>8.1%}"
         yield f"\n{'':19}{'count':>11}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}{'max':>10}"
         for cache, name, values in ((c, *pair) for c in self.columns for pair in zip(NUMBERS, self.columns[c])):
             if values:
@@ -1241,19 +1183,63 @@ class History:
             yield f"from {edge:>6g} s{n:>11,} {'#' * math.ceil(n * 55 / max(shown['counts']))}"
 
 
-def print_stats(paths: Sequence[str]) -> None:
-    """Print what logs tell, oldest file first; on a terminal with a line of progress. Raises Unable."""
-    history, on_terminal = History(), sys.stderr.isatty()
+def prometheus(queue: Queue) -> str:
+    """Return /metrics in Prometheus's text format 0.0.4."""
+    history, rows = queue.log_file.history, []
+
+    def metric(name: str, kind: str, text: str, values: Mapping[str, float] | float, label: str = "") -> None:
+        rows.extend([f"# HELP {name} {text}", f"# TYPE {name} {kind}"])
+        labelled = values.items() if isinstance(values, Mapping) else [("", values)]
+        rows.extend(f"{name}{{{label}={ENCODE(k)}}} {v}" if label else f"{name}{k} {v}" for k, v in labelled)
+
+    metric("scatter_requests_total", "counter", "Prompts answered.", history.codes, "code")
+    metric("scatter_cache_total", "counter", "Documents answered.", history.cache, "result")
+    metric("scatter_tokens_total", "counter", "Tokens generated.", history.tokens)
+    metric("scatter_queue_waiting", "gauge", "Jobs that wait for a slot.", len(queue.waiting))
+    metric("scatter_queue_running", "gauge", "Jobs that run.", len(queue.running))
+    up = {name: int(not backend.reason) for name, backend in queue.backends.items()}
+    metric("scatter_backend_up", "gauge", "Whether it takes jobs.", up, "backend")
+    for name, counts in history.buckets.items():
+        edges = [*map(float, BUCKETS), "+Inf"]
+        samples = {f'_bucket{{le="{edge}"}}': sum(counts[: n + 1]) for n, edge in enumerate(edges)}
+        samples |= {"_sum": round(history.sums[name], 6), "_count": sum(counts)}
+        metric(f"scatter_{name}_seconds", "histogram", "Of finished generations.", samples)
+    metric("scatter_log_lines_lost_total", "counter", "Log lines that could not be written.", queue.log_file.lost)
+    metric("process_cpu_seconds_total", "counter", "User and system.", round(time.process_time(), 3))
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:  # Linux alone has it
+        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        metric("process_resident_memory_bytes", "gauge", "RSS.", resident)
+        metric("process_open_fds", "gauge", "Open descriptors.", len(os.listdir("/proc/self/fd")))
+    return "\n".join(rows) + "\n"
+
+
+def lines_of(paths: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of logs, cut where they are longer than any of ours; on a terminal tell how many there were."""
+    count, on_terminal = 0, sys.stderr.isatty()
     for path in paths:
+        with open(path, encoding="ascii", errors="replace") as file:
+            for line in iter(partial(file.readline, LINE_LIMIT), ""):
+                yield line
+                count += 1
+                if on_terminal and count % 50_000 == 0:
+                    print(f"{count:,} lines", end="\r", file=sys.stderr, flush=True)
+
+
+def print_stats(paths: Sequence[str]) -> None:
+    """Print what logs tell; torn, foreign and future lines are passed over, and counted. Raises OSError."""
+    history, lines, skipped = History(), 0, 0
+    decode = json.JSONDecoder().raw_decode  # json.loads would take half as long again
+    latest = time.time() + 60  # epoch s; clocks may differ a bit
+    for line in lines_of(paths):
+        lines += 1
         try:
-            with open(path, encoding="ascii", errors="replace") as file:
-                for line in iter(partial(file.readline, LINE_LIMIT), ""):  # cut where it is longer than any of ours
-                    history.take(line)
-                    if on_terminal and history.lines % 50_000 == 0:
-                        print(f"{history.lines:,} lines", end="\r", file=sys.stderr, flush=True)
-        except OSError as exc:
-            raise Unable(f"{path}: {exc.strerror}; name logs that can be read", 1) from None
-    print("\n".join(history.report()))
+            record, end = decode(line)
+            if not 0 < record["ts"] <= latest or len(line) > end + 1:
+                raise ValueError("a clock that was wrong, or two lines in one")
+            history.take(record)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            skipped += 1
+    print("\n".join([f"{lines:,} lines, {skipped:,} of them skipped", *history.report()]))
 
 
 # --- page ---------------------------------------------------------------------
@@ -1714,15 +1700,15 @@ class Scatter:
     """The service as an ASGI application: its parts, and what is answered where."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.log_file, self.stats = settings, LogFile(settings.log), Stats()
-        self.queue = Queue(settings, self.stats, self.log_file)
+        self.settings, self.queue = settings, Queue(settings, LogFile(settings.log))
+        history = self.queue.log_file.history
         answers: dict[Sequence[str], Callable[[], Response]] = {
             ("/health",): partial(self.health, self.queue.backends),
             (PUBLIC + "/health",): self.health,
-            ("/stats", PUBLIC + "/stats"): lambda: JSONResponse(self.stats.as_json(), headers=NO_STORE),
+            ("/stats", PUBLIC + "/stats"): lambda: JSONResponse(history.as_json(), headers=NO_STORE),
             ("/", PUBLIC + "/page"): partial(Response, PAGE, 200, PAGE_HEADERS, "text/html"),
             ("/transform.js", PUBLIC + "/transform.js"): partial(Response, WIDGET, 200, WIDGET_HEADERS, JAVASCRIPT),
-            ("/metrics",): lambda: Response(prometheus(self.queue, self.log_file.lost), media_type=PROMETHEUS),
+            ("/metrics",): lambda: Response(prometheus(self.queue), media_type=PROMETHEUS),
         }
         self._gets = {path: answer for paths, answer in answers.items() for path in paths}
         self._gets |= {f"/log{end}": partial(self.mirror, end) for end in ["", *(f".{n + 1}" for n in range(LOG_KEPT))]}
@@ -1787,12 +1773,11 @@ class Scatter:
             status, code = (outcome.status, outcome.code) if outcome else (200, "ok")
             m = reader.metrics() if reader else dict.fromkeys((*METRICS, "cache", "queue_time"))
             if prompt is not None:  # the article's words first; never a prompt, an answer or an address
-                self.stats.request(code, m["cache"])
                 line = {"ts": round(asked_at, 3), "prompt_len": len(prompt), "tokens": m["tokens"]}
                 line |= {"elapsed": m["gen_time"], "tok_per_s": m["tok_per_s"], "id": told["x-request-id"]}
                 line |= {"status": status, "code": code, "cache": m["cache"]}
                 names = ("backend", "model", "ttft", "queue_time", "prompt_tokens", "eval_tok_per_s")
-                self.log_file.write(line | {name: m[name] for name in names})
+                self.queue.log_file.write(line | {name: m[name] for name in names})
 
     async def _tell(self, reader: Reader, receive: Receive, send: Send, told: dict[str, str]) -> Refusal | None:
         """Send what the job gives, until it ends or the client leaves; return the failure that a stream ended with."""
@@ -1914,6 +1899,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             serve(parse_settings(argv, os.environ))
     except BrokenPipeError:
         sys.stdout = None  # whoever read us has seen enough; nothing is left to flush
+    except OSError as exc:
+        print(f"error: {exc.filename}: {exc.strerror}; give a file that can be read", file=sys.stderr)
+        return 1
     except Unable as exc:
         print(f"error: {exc}", file=sys.stderr)
         return exc.status
