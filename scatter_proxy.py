@@ -43,6 +43,7 @@ from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from typing import Any, NamedTuple, NoReturn
+from urllib.parse import quote
 
 try:
     import anyio
@@ -1246,56 +1247,70 @@ def print_stats(paths: Sequence[str]) -> None:
 
 # The page holds no data: it fetches health and stats. What comes from outside reaches the DOM as text only.
 STYLE = """
-:root { color-scheme: light dark; --paper: #faf9f7; --panel: #fff; --ink: #1d1c1a; --soft: #63605b; --line: #e3e0da;
-  --field: #8b8780; --accent: #3446c4; --on: #fff; --bad: #b3261e; --good: #23824a; --slow: #b86a00; --serif: Charter,
-  "Iowan Old Style", "Palatino Linotype", "URW Palladio L", Georgia, serif } @media (prefers-color-scheme: dark) {
-  :root { --paper: #131416; --panel: #1a1c1f; --ink: #e9e7e3; --soft: #a09d97; --line: #2e3035; --field: #75767b;
-  --accent: #a9b4ff; --on: #14163a; --bad: #ffb0a8; --good: #6fcf97; --slow: #f0b35a } } *, ::before, ::after {
-  box-sizing: border-box; margin: 0 } body { background: var(--paper); color: var(--ink);
-  -webkit-text-size-adjust: 100%; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  font-variant-numeric: tabular-nums } header, main, .speed, footer { max-width: 1376px; margin: auto;
-  padding: 0 clamp(16px, 3vw, 40px) } header, .row { display: flex; justify-content: space-between; align-items: center;
-  gap: 8px; flex-wrap: wrap } header { height: 64px } h1 { display: flex; gap: 10px } h1, h2 {
-  font: 600 20px/1.2 var(--serif); letter-spacing: -.01em } h1 svg { width: 34px; height: 22px; fill: none;
-  stroke: var(--accent); stroke-width: 2; stroke-linecap: round } .lede { font-size: clamp(27px, 3vw, 36px);
-  font-weight: 500; letter-spacing: -.02em } .lede + p { color: var(--soft); margin: 8px 0 20px } .fine, #health,
-  figcaption, footer { font-size: 13px; line-height: 20px; color: var(--soft) } #health::before { content: "";
-  float: left; width: 8px; height: 8px; margin: 6px 8px; border-radius: 50%; background: var(--field) }
-#health[data-state=ok]::before { background: var(--good) } #health:is([data-state=busy], [data-state=warming])::before {
-  background: var(--slow) } #status[data-state=bad] { color: var(--bad) } label { font-weight: 600; font-size: 13px }
-textarea { display: block; width: 100%; height: 176px; margin: 6px 0; padding: 12px 14px; resize: vertical;
-  font: inherit } textarea, button { color: inherit; background: var(--panel); border: 1px solid var(--field);
-  border-radius: 8px } textarea::placeholder { color: var(--soft); opacity: 1 } :focus-visible {
-  outline: 2px solid var(--accent); outline-offset: 2px } button { font: inherit; font-size: 14px; font-weight: 600;
-  height: 40px; padding: 0 16px; white-space: nowrap; cursor: pointer } button:hover:enabled {
-  border-color: var(--ink) } button:disabled { cursor: not-allowed; color: var(--soft); background: none;
-  border-color: var(--line) } .primary:enabled { color: var(--on); background: var(--accent);
-  border-color: var(--accent) } main:has([aria-busy]) .primary { color: var(--ink); background: none;
-  border-color: var(--ink) } .primary { min-width: 132px } .small { height: 32px; padding: 0 10px; font-size: 13px;
-  font-weight: 500 } .small.link { padding: 0 2px; border: 0; background: none; color: var(--accent) } .row h2 {
-  margin-right: auto } .buttons { justify-content: flex-start; margin: 14px 0 8px } #reason { min-height: 60px }
-#figures { display: grid; grid-template-columns: minmax(0, 1.5fr) repeat(3, minmax(0, 1fr)); gap: 12px; margin-top: 8px;
-  padding-top: 14px; border-top: 1px solid var(--line); white-space: nowrap } dt { font-size: 12px; color: var(--soft) }
-dd { font-size: 20px; line-height: 44px } #rate { font-size: 36px; letter-spacing: -.02em } #source { min-height: 20px;
-  margin-bottom: 12px } #status { min-height: 68px } #status, #source, .text, code { overflow-wrap: anywhere } #bands {
-  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); gap: 12px; margin-top: 12px }
-.band { display: flex; flex-direction: column; height: 208px; min-width: 0; background: var(--panel); contain: content;
-  border: 1px solid var(--line); border-top-width: 2px; border-radius: 10px } .whole .band { height: auto;
-  min-height: 208px } .band h3 { padding: 12px 16px 4px; font-size: 12px; letter-spacing: .08em; word-spacing: .4em;
-  color: var(--soft) } .band[data-state=writing] { border-top-color: var(--accent) } .band[data-state=writing] h3 {
-  color: var(--accent) } .text { flex: 1; overflow: auto; padding: 0 16px 14px; white-space: pre-wrap }
-[data-from=part] .text, .text:empty { color: var(--soft) } .text:focus-visible { outline-offset: -2px }
-.text:empty::before { content: attr(data-empty) } [data-from=rules] .text:empty::before {
-  content: "The rules found nothing for this band." } .speed::before { content: ""; display: block;
-  border-top: 1px solid var(--line); margin: 48px 0 32px } .charts { display: grid;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px 40px; margin: 20px 0 } figure svg {
-  display: block; width: 100%; height: 180px; overflow: visible; font-size: 12px } figure text { fill: var(--soft) }
-figure .key { fill: var(--ink) } .bar { fill: var(--accent); fill-opacity: .45 } .axis { stroke: var(--line) } .mark {
-  stroke: var(--ink); stroke-dasharray: 3 3 } .trace { fill: none; stroke: var(--accent); stroke-width: 1.5 } footer {
-  padding-bottom: 40px } code { font: 12px/20px monospace } @media (min-width: 1080px) { main { display: grid;
-  grid-template-columns: minmax(340px, 27fr) 60fr; gap: 48px; padding-top: 16px } .ask { position: sticky; top: 24px;
-  align-self: start } #bands { grid-template-columns: 1fr 1fr } } @media (max-width: 480px) { .band { height: 168px }
-  .row { justify-content: flex-start } .row h2 { width: 100% } .link { margin-left: auto } }
+:root { color-scheme: light dark; --serif: Charter, "Iowan Old Style", "Palatino Linotype", Georgia, serif;
+  --paper: light-dark(#faf9f7, #131416); --panel: light-dark(#fff, #1a1c1f); --ink: light-dark(#1d1c1a, #e9e7e3);
+  --soft: light-dark(#63605b, #a09d97); --line: light-dark(#e3e0da, #2e3035); --field: light-dark(#8b8780, #75767b);
+  --accent: light-dark(#3446c4, #a9b4ff); --on: light-dark(#fff, #14163a); --bad: light-dark(#b3261e, #ffb0a8);
+  --good: light-dark(#23824a, #6fcf97); --slow: light-dark(#b86a00, #f0b35a) }
+*, ::before { box-sizing: border-box; margin: 0 }
+body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif;
+  font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100% }
+header, main, .speed, footer { max-width: 1376px; margin: auto; padding: 0 clamp(16px, 3vw, 40px) }
+header, .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin-bottom: 10px }
+header { height: 64px }
+h1, h2, label { margin-right: auto }
+h1, h2 { font: 600 20px/1.2 var(--serif); letter-spacing: -.01em }
+h1 svg { width: 34px; margin-right: 10px; vertical-align: -4px; stroke: var(--accent); stroke-width: 2 }
+.lede { font-size: clamp(27px, 3vw, 36px); font-weight: 500; letter-spacing: -.02em }
+.lede + p { margin: 8px 0 20px; color: var(--soft); text-wrap: pretty }
+.fine, #health, figcaption, footer { font-size: 13px; line-height: 20px; color: var(--soft) }
+#health::before { content: ""; float: left; margin: 6px 8px; border: 4px solid; border-radius: 4px; color: var(--field) }
+#health[data-state=ok]::before { color: var(--good) }
+#health:is([data-state=busy], [data-state=warming])::before { color: var(--slow) }
+label { font-weight: 600; font-size: 13px }
+textarea, button { color: inherit; font: inherit; background: var(--panel); border: 1px solid var(--field);
+  border-radius: 8px }
+textarea { display: block; width: 100%; height: 176px; margin-bottom: 12px; padding: 12px 14px; resize: vertical }
+::placeholder, .text:empty, [data-from=part] .text { color: var(--soft); opacity: 1 }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+textarea:focus-visible, .text:focus-visible { outline-offset: -2px }
+button { height: 40px; padding: 0 16px; font-size: 14px; font-weight: 600; white-space: nowrap; cursor: pointer }
+button:hover:enabled, [aria-pressed=true] { border-color: var(--ink) }
+button:disabled { cursor: not-allowed; color: var(--soft); background: none; border-color: var(--line) }
+#send { min-width: 132px }
+main:not(:has([aria-busy])) #send:enabled { color: var(--on); background: var(--accent); border-color: var(--accent) }
+.small { height: 32px; padding: 0 10px; font-size: 13px; font-weight: 500 }
+#example { padding: 0 2px; border: 0; background: none; color: var(--accent) }
+#reason { min-height: 40px; margin-bottom: 16px } #source { min-height: 20px; margin-bottom: 12px }
+#figures { display: grid; grid-template-columns: minmax(0, 1.5fr) repeat(3, minmax(0, 1fr)); gap: 12px;
+  padding-top: 14px; border-top: 1px solid var(--line); white-space: nowrap }
+dt { font-size: 12px; color: var(--soft) } dd { font-size: 20px; line-height: 44px }
+dd:empty::before { content: "–"; color: var(--soft) } #rate:not(:empty) { font-size: 36px; letter-spacing: -.02em }
+#status { min-height: 68px } #status[data-state=bad] { color: var(--bad) }
+#bands { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); gap: 12px }
+.band { display: flex; flex-direction: column; height: 208px; contain: content; background: var(--panel);
+  border: 1px solid var(--line); border-radius: 10px }
+.whole .band { height: auto; min-height: 208px }
+.band h3 { padding: 12px 16px 4px; font-size: 12px; letter-spacing: .08em; word-spacing: .4em; color: var(--soft) }
+.band[data-state=writing] { border-color: var(--accent) } .band[data-state=writing] h3 { color: var(--accent) }
+.text { flex: 1; overflow: auto; padding: 0 16px 14px; white-space: pre-wrap; /* a shade at the foot: there is more */
+  background: linear-gradient(var(--panel) 0 0) bottom / 100% 12px no-repeat local,
+    linear-gradient(transparent, var(--line)) bottom / 100% 12px no-repeat }
+.text:empty::before { content: attr(data-empty) }
+[data-from=rules] .text:empty::before { content: "The rules found nothing for this band." }
+#source, #status, .text { overflow-wrap: anywhere }
+.speed h2 { margin-top: 48px; padding: 32px 0 4px; border-top: 1px solid var(--line) }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px 40px }
+.charts, footer { margin-top: 20px; margin-bottom: 40px } [hidden] { display: none }
+figure svg { display: block; width: 100%; height: 180px; overflow: visible; font-size: 12px; fill: var(--soft) }
+figure .key { fill: var(--ink) } .bar { fill: var(--accent); fill-opacity: .45 } .axis { stroke: var(--line) }
+.mark { stroke: var(--ink); stroke-dasharray: 3 3 } .trace { fill: none; stroke: var(--accent); stroke-width: 1.5 }
+@media (min-width: 1080px) {
+  main { display: grid; grid-template-columns: minmax(340px, 27fr) 60fr; gap: 48px; padding-top: 16px }
+  .ask { position: sticky; top: 24px; align-self: start }
+  #bands { grid-template-columns: 1fr 1fr }
+}
+@media (max-width: 480px) { .band { height: 168px } .row h2 { width: 100% } }
 """
 WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this file; it adds one global name, no style.
 // scatter(prompt, {onBand, onQueued, onStarted, signal}) resolves to {sinc, metrics}. onBand(n, name, text, delta):
@@ -1465,10 +1480,10 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
 """.replace("SCATTER_BANDS", json.dumps({"names": [name for name, *_ in BANDS], "formula": FORMULA, "axis": AXIS}))
 SCRIPT = r"""
 const at = (id) => document.getElementById(id), now = () => performance.now() / 1000; // s
-const REASONS = {no_tunnel: "The workstation with the model is not connected.", warming: "The model is being loaded.",
-  silent_link: "The link to the workstation has gone quiet.", paused: "The workstation's owner is using it.",
-  no_model_server: "The workstation's model server is not running.", model_missing: "Its server lacks the model.",
-  unavailable: "The server behind this page is away just now.", unreachable: "This page cannot reach its server."};
+const REASONS = {no_tunnel: "The workstation is not connected.", silent_link: "The link to the workstation is silent.",
+  no_model_server: "The model server is not running.", model_missing: "The model server lacks the model.",
+  paused: "The workstation's owner is using it.", unavailable: "The server behind this page is away.",
+  unreachable: "This page cannot reach its server.", warming: "The model is being loaded."};
 let call = null, sinc = null, stats = null; // call: the one that runs; sinc: the document on show
 // Writes only what has changed, or a screen reader would repeat it.
 const put = (id, text) => { if (at(id).textContent !== text) at(id).textContent = text; };
@@ -1477,10 +1492,10 @@ const mark = (n) => at("bands").childNodes.forEach((panel, i) => { panel.dataset
 function figures({tok_per_s, gen_time, tokens, ttft}, about = "") {
   const rows = [["rate", tok_per_s, tok_per_s < 100 ? 1 : 0, about], ["tokens", tokens, 0, about],
     ["time", gen_time, 2, ""], ["first", ttft, 2, ""]];
-  for (const [id, value, digits, sign] of rows) put(id, Number.isFinite(value) ? sign + value.toFixed(digits) : "–");
+  for (const [id, value, digits, sign] of rows) put(id, Number.isFinite(value) ? sign + value.toFixed(digits) : "");
 }
 function frame() {
-  const gen_time = now() - call?.started; // NaN before the start, and so shown as none
+  const gen_time = now() - call?.started; // NaN before the start, and so not shown
   const tokens = Math.max(call?.deltas, call?.chars / 4) || NaN; // an estimate; the model's own count comes at the end
   if (call) figures({gen_time, tokens, tok_per_s: tokens / gen_time, ttft: call.ttft}, "≈");
   if (call) requestAnimationFrame(frame);
@@ -1504,10 +1519,11 @@ const ON = {
     call.chars += delta.length;
   },
   done({sinc: whole, metrics}) {
+    const {cache, tokens, gen_time, backend} = metrics || {}, from = at("source").textContent || backend;
+    const how = {hit: "From the cache", joined: "Shared with another"}[cache] || "Done";
     const rules = `Keyword rules in this browser filled ${whole.fragments.length} bands. This was not the model.`;
-    const how = at("source").textContent + ({hit: " · from the cache", joined: " · shared"}[metrics?.cache] || "");
-    if (!metrics) settle(null, whole, "rules", rules, "keyword rules, not the model");
-    else settle(null, whole, "", `Done: ${metrics.tokens} tokens in ${metrics.gen_time.toFixed(2)} s.`, how);
+    if (!metrics) settle(null, whole, "rules", rules, "");
+    else settle(null, whole, "", `${how}: ${tokens} tokens written in ${gen_time.toFixed(2)}\u00a0s.`, from);
     figures(metrics || {}), measure();
   },
   error({code, message, retryAfter}, event) {
@@ -1517,10 +1533,8 @@ const ON = {
     event.preventDefault(); // the widget need not say it too
   }};
 for (const type in ON) at("bands").addEventListener("scatter-" + type, (event) => ON[type](event.detail, event));
-async function copy({target}, label, text) {
-  try { await navigator.clipboard.writeText(text); } catch { return say("Copying needs an https page.", "bad"); }
-  target.textContent = "Copied";
-  setTimeout(() => { target.textContent = label; }, 1500); // ms
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); say("Copied."); } catch { say("Copying needs https.", "bad"); }
 }
 const FLOOR = 156, ROOM = 112; // px; where a bar stands, and how far it may rise
 function draw(parent, tag, attributes, text = "") {
@@ -1551,12 +1565,12 @@ function drawTrace(svg, wide, rates) {
   draw(svg, "text", {x: 0, y: FLOOR + 18}, `${rates.length} answers, the newest at the right`);
 }
 function drawCharts() {
+  if (at("charts").hidden = !stats?.documents) return;
   const svgs = [at("histogram"), at("trace")], wide = svgs[1].clientWidth - 40; // px; a label stands at the end
   for (const svg of svgs) { svg.replaceChildren(); draw(svg, "path", {class: "axis", d: `M0 ${FLOOR}H${wide}`}); }
-  if (!stats?.documents) return;
   const {documents, elapsed: {p50, p95}, hit_share, availability} = stats;
   put("summary", `${documents} documents: half within ${p50.toFixed(2)} s, 95 % within ${p95.toFixed(2)} s. Hits: ` +
-    `${(hit_share * 100).toFixed(1)} %. The model was there ${(availability * 100).toFixed(1)} % of the last 24 h.`);
+    `${(hit_share * 100).toFixed(1)} %. The model was up ${(availability * 100).toFixed(1)} % of the last 24\u00a0h.`);
   drawHistogram(svgs[0], wide, stats);
   drawTrace(svgs[1], wide, stats.recent.map((one) => one.tok_per_s));
 }
@@ -1564,8 +1578,7 @@ async function measure() { // where no answer comes, the charts stay as they are
   stats = await fetch("stats", {cache: "no-store"}).then((reply) => reply.json()).catch(() => stats);
   drawCharts();
 }
-const PRESS = {json: (event) => copy(event, "Copy as JSON", JSON.stringify(sinc, null, 2)),
-  plain: (event) => copy(event, "Copy as text", scatter.text(sinc)),
+const PRESS = {json: () => copy(JSON.stringify(sinc, null, 2)), plain: () => copy(scatter.text(sinc)),
   whole: ({target}) => target.setAttribute("aria-pressed", at("bands").classList.toggle("whole")),
   example: () => { at("prompt").value = at("prompt").placeholder; at("prompt").focus(); }};
 for (const id in PRESS) at(id).addEventListener("click", PRESS[id]);
@@ -1576,59 +1589,56 @@ document.addEventListener("keydown", ({key, ctrlKey, metaKey}) => {
 });
 scatter.watch(({status, reason, queue}, offline) => {
   const why = REASONS[status === "warming" ? status : reason] || "The model is away.";
-  const wait = status === "busy" && !call ? `The model is busy; ${queue.waiting} in the queue before you.` : "";
-  put("reason", offline ? `${why} This button comes back by itself; Transform works meanwhile.` : wait);
+  const hint = status === "busy" ? `The model is busy; waiting: ${queue.waiting}.` : "Ctrl + Enter sends, Esc cancels.";
+  put("reason", offline ? `${why} It comes back by itself; Transform works meanwhile.` : hint);
   put("health", `model ${status === "ok" ? "ready" : status}`), at("health").dataset.state = status;
 });
 new ResizeObserver(drawCharts).observe(at("trace"));
 setInterval(() => document.hidden || call || measure(), 10000), measure(); // ms
 """
-WAVE = "M1 15c3 0 3 3 5 3s3-6 5-6 2 4 3 4c1 0 1-14 3-14s2 14 3 14c1 0 1-4 3-4s3 6 5 6 2-3 5-3"
+WAVE = "M1 15c3 0 3 3 5 3s3-6 5-6 2 4 3 4c1 0 1-14 3-14s2 14 3 14c1 0 1-4 3-4s3 6 5 6 2-3 5-3"  # a sinc
+LOGO = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 34 22" fill="none" stroke="#66e"><path d="{WAVE}"/></svg>'
 PANELS = "".join(
     f'<article class="band" data-band="{n}"><h3 id="band{n}">{n} {html.escape(name)}</h3><div class="text" '
     f'tabindex="0" role="group" dir="auto" aria-labelledby="band{n}" data-empty="{html.escape(holds)}"></div></article>'
     for n, (name, holds, *_) in enumerate(BANDS)
 )
 PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>scatter</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:image/svg+xml,%3Csvg
- xmlns='http://www.w3.org/2000/svg' viewBox='0 -6 34 34' fill='none' stroke='%236577e8' stroke-width='3'%3E%3Cpath
- d='{WAVE}'/%3E%3C/svg%3E"><style>{STYLE}</style>
-<header><h1><svg viewBox="0 0 34 22" aria-hidden="true"><path d="{WAVE}"/></svg>scatter</h1>
-<p id="health" role="status">asking for the model</p></header>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:image/svg+xml,{quote(LOGO)}"><style>{STYLE}</style>
+<header><h1>{LOGO}scatter</h1><p id="health" role="status">asking for the model</p></header>
 <main><section class="ask" aria-label="Prompt"><h2 class="lede">A prompt, taken apart.</h2>
 <p>A model on a graphics card at home writes it anew in bands: a specification that another model can follow.</p>
-<p class="row"><label for="prompt">Prompt</label><button class="small link" id="example">Use the example</button></p>
-<textarea id="prompt" dir="auto" aria-describedby="keys" placeholder=
+<p class="row"><label for="prompt">Prompt</label><button class="small" id="example">Use the example</button></p>
+<textarea id="prompt" dir="auto" aria-describedby="reason" placeholder=
 "Write a welcome e-mail for new customers. We are a small bakery in Porto. Plain text, never more than 120 words."
-></textarea><p class="fine" id="keys">Ctrl + Enter sends, Esc cancels</p>
-<p class="row buttons"><button class="primary" id="send" disabled title="model offline" aria-describedby="reason"
- data-scatter-from="#prompt" data-scatter-to="#bands">AI Transform</button><button id="standard" data-scatter-standard
+></textarea><p class="row"><button id="send" disabled title="model offline" aria-describedby="reason"
+ data-scatter-from="#prompt" data-scatter-to="#bands">AI Transform</button>
+<button id="standard" title="keyword rules in this browser, no model" data-scatter-standard
  data-scatter-from="#prompt" data-scatter-to="#bands">Transform</button></p><p class="fine" id="reason"></p>
-<dl id="figures"><div><dt>tok/s</dt><dd id="rate">–</dd></div><div><dt>seconds</dt><dd id="time">–</dd></div>
-<div><dt>tokens</dt><dd id="tokens">–</dd></div><div><dt>first word</dt><dd id="first">–</dd></div></dl>
+<dl id="figures"><div><dt>tok/s</dt><dd id="rate"></dd></div><div><dt>seconds</dt><dd id="time"></dd></div>
+<div><dt>tokens</dt><dd id="tokens"></dd></div><div><dt>first word</dt><dd id="first"></dd></div></dl>
 <p class="fine" id="source"></p><p id="status" role="status"></p></section>
-<section aria-labelledby="heading"><div class="row"><h2 id="heading">Bands</h2><button class="small" id="json" disabled
->Copy as JSON</button><button class="small" id="plain" disabled>Copy as text</button><button class="small" id="whole"
- aria-pressed="false">Expand</button></div><div id="bands">{PANELS}</div></section></main>
-<section class="speed" aria-labelledby="speed"><h2 id="speed">How fast it has been</h2><p class="fine" id="summary">No
- document yet: the charts begin with the first.</p><div class="charts"><figure><figcaption>Documents by time, from
- dispatch to last token</figcaption><svg id="histogram" aria-hidden="true"></svg></figure><figure><figcaption>Tokens a
- second, answer by answer</figcaption><svg id="trace" aria-hidden="true"></svg></figure></div></section>
-<footer>{FORMULA}<br>For any page of this site: <code>&lt;script src="/api/ai-transform/transform.js"&gt;&lt;/script&gt;
-</code></footer><script src="transform.js"></script><script>{SCRIPT}</script></html>
+<section aria-labelledby="heading"><div class="row"><h2 id="heading">Bands</h2>
+<button class="small" id="json" disabled>Copy as JSON</button>
+<button class="small" id="plain" disabled>Copy as text</button>
+<button class="small" id="whole" aria-pressed="false">Expand</button></div>
+<div id="bands">{PANELS}</div></section></main>
+<section class="speed" aria-labelledby="speed"><h2 id="speed">How fast it has been</h2>
+<p class="fine" id="summary">No document yet: the charts begin with the first.</p>
+<div class="charts" id="charts" hidden><figure><figcaption>Documents by time, from dispatch to last token</figcaption>
+<svg id="histogram" aria-hidden="true"></svg></figure><figure><figcaption>Tokens a second, answer by answer</figcaption>
+<svg id="trace" aria-hidden="true"></svg></figure></div></section>
+<footer>{FORMULA}</footer>
+<script src="transform.js"></script><script>{SCRIPT}</script>
 """
-
-
-def csp_hash(text: str) -> str:
-    """Return text's hash as a source of a Content-Security-Policy (W3C CSP 3)."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
+# The hashes that let the page's own style and script pass its policy (W3C CSP 3).
+OWN = [f"'sha256-{base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()}'" for own in (STYLE, SCRIPT)]
 WIDGET_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 # Only the style and the scripts above may run, the page may only talk to us, and no text can become markup.
 PAGE_HEADERS = WIDGET_HEADERS | {
     "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    f"connect-src 'self'; img-src data:; style-src {csp_hash(STYLE)}; script-src 'self' {csp_hash(SCRIPT)}; "
+    f"connect-src 'self'; img-src data:; style-src {OWN[0]}; script-src 'self' {OWN[1]}; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
     "Referrer-Policy": "no-referrer",
 }
