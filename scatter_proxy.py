@@ -1264,9 +1264,9 @@ h1 svg { width: 34px; margin-right: 10px; vertical-align: -4px; stroke: var(--ac
 .lede { font-size: clamp(27px, 3vw, 36px); font-weight: 500; letter-spacing: -.02em }
 .lede + p { margin: 8px 0 20px; color: var(--soft); text-wrap: pretty }
 .fine, #health, figcaption, footer { font-size: 13px; line-height: 20px; color: var(--soft) }
-#health::before { content: ""; float: left; margin: 6px 8px; border: 4px solid; border-radius: 4px; color: var(--field) }
-#health[data-state=ok]::before { color: var(--good) }
-#health:is([data-state=busy], [data-state=warming])::before { color: var(--slow) }
+#health::before { content: ""; float: left; margin: 6px 8px; border: 4px solid var(--field); border-radius: 4px }
+#health[data-state=ok]::before { border-color: var(--good) }
+#health:is([data-state=busy], [data-state=warming])::before { border-color: var(--slow) }
 label { font-weight: 600; font-size: 13px }
 textarea, button { color: inherit; font: inherit; background: var(--panel); border: 1px solid var(--field);
   border-radius: 8px }
@@ -1302,7 +1302,7 @@ dd:empty::before { content: "–"; color: var(--soft) } #rate:not(:empty) { font
 .speed h2 { margin-top: 48px; padding: 32px 0 4px; border-top: 1px solid var(--line) }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px 40px }
 .charts, footer { margin-top: 20px; margin-bottom: 40px } [hidden] { display: none }
-figure svg { display: block; width: 100%; height: 180px; overflow: visible; font-size: 12px; fill: var(--soft) }
+figure svg { display: block; width: 100%; height: 188px; overflow: visible; font-size: 12px; fill: var(--soft) }
 figure .key { fill: var(--ink) } .bar { fill: var(--accent); fill-opacity: .45 } .axis { stroke: var(--line) }
 .mark { stroke: var(--ink); stroke-dasharray: 3 3 } .trace { fill: none; stroke: var(--accent); stroke-width: 1.5 }
 @media (min-width: 1080px) {
@@ -1310,7 +1310,7 @@ figure .key { fill: var(--ink) } .bar { fill: var(--accent); fill-opacity: .45 }
   .ask { position: sticky; top: 24px; align-self: start }
   #bands { grid-template-columns: 1fr 1fr }
 }
-@media (max-width: 480px) { .band { height: 168px } .row h2 { width: 100% } }
+@media (max-width: 480px) { .band { height: 168px } .row h2 { width: 100% } #rate:not(:empty) { font-size: 28px } }
 """
 WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this file; it adds one global name, no style.
 // scatter(prompt, {onBand, onQueued, onStarted, signal}) resolves to {sinc, metrics}. onBand(n, name, text, delta):
@@ -1536,7 +1536,7 @@ for (const type in ON) at("bands").addEventListener("scatter-" + type, (event) =
 async function copy(text) {
   try { await navigator.clipboard.writeText(text); say("Copied."); } catch { say("Copying needs https.", "bad"); }
 }
-const FLOOR = 156, ROOM = 112; // px; where a bar stands, and how far it may rise
+const FLOOR = 164, ROOM = 112; // px; where a bar stands, and how far it may rise
 function draw(parent, tag, attributes, text = "") {
   const node = parent.appendChild(document.createElementNS(parent.namespaceURI, tag));
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -1549,7 +1549,7 @@ function drawHistogram(svg, wide, {histogram: {edges, counts}, elapsed}) {
     draw(draw(svg, "rect", place), "title", {}, `${edges[i]} to ${edges[i + 1]} s: ${count}`);
     if (i % Math.ceil(56 / step) === 0) draw(svg, "text", {x, y: FLOOR + 18}, `${edges[i]} s`);
   });
-  for (const [y, name] of [[12, "p50"], [29, "p95"]]) {
+  for (const [y, name] of [[20, "p50"], [37, "p95"]]) {
     const x = (elapsed[name] - edges[0]) / (edges.at(-1) - edges[0]) * wide, left = x > wide / 2;
     const place = {class: "key", y, x: x + (left ? -6 : 6), "text-anchor": left ? "end" : "start"};
     draw(svg, "path", {class: "mark", d: `M${x} ${y - 10}V${FLOOR}`});
@@ -1589,7 +1589,7 @@ document.addEventListener("keydown", ({key, ctrlKey, metaKey}) => {
 });
 scatter.watch(({status, reason, queue}, offline) => {
   const why = REASONS[status === "warming" ? status : reason] || "The model is away.";
-  const hint = status === "busy" ? `The model is busy; waiting: ${queue.waiting}.` : "Ctrl + Enter sends, Esc cancels.";
+  const hint = status === "busy" ? `The model is busy; ${queue.waiting} waiting.` : "Ctrl + Enter sends, Esc cancels.";
   put("reason", offline ? `${why} It comes back by itself; Transform works meanwhile.` : hint);
   put("health", `model ${status === "ok" ? "ready" : status}`), at("health").dataset.state = status;
 });
