@@ -1328,7 +1328,7 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
   const SILENCE = 30000, POLL = 2500; // ms; the server says something every 10 s; a model's return is seen within 5 s
   const folder = (document.currentScript?.src || "/transform.js").replace(/\/transform\.js([?#].*)?$/, "");
   const base = folder.endsWith("/api/ai-transform") ? folder : folder + "/api/ai-transform";
-  const BROKEN = ["broken_stream", "The connection broke before the answer was complete; send the prompt again."];
+  const BROKEN = ["broken_stream", "The connection broke before the answer was whole; send the prompt again."];
   const SILENT = ["unreachable", "The server does not answer; check the connection and send the prompt again."];
   const failure = ([code, message], retryAfter) => Object.assign(new Error(message), {code, retryAfter});
   const need = (prompt) => { if (!prompt.trim()) throw failure(["bad_request", "Write a prompt first."]); };

@@ -1034,24 +1034,23 @@ def test_stats_of_a_log_are_what_a_plain_count_says(tmp_path: Path) -> None:
 
 # --- page ---------------------------------------------------------------------
 
-MARKUP = "<img src=x onerror=alert(1)></script><b>"
+MARKUP, NAME = '<img src=x onerror="alert(1)"></script><b>', "<img src=x><b>"  # what a file's name may hold
 CHROMIUM = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
 CHROMIUM += " --disable-features=LocalNetworkAccessChecks"  # a page that the test makes counts as public to Chromium
-WATCH = """document.addEventListener("securitypolicyviolation", (event) => broken.push(event.violatedDirective));
-window.broken = []; window.shift = 0; window.said = [];
-new PerformanceObserver((list) => list.getEntries().forEach((one) => { shift += one.value; })).observe({type: "layout-shift"});
-addEventListener("DOMContentLoaded", () => document.getElementById("status") && new MutationObserver((list) => list.forEach(
-  ({addedNodes}) => said.push(...[...addedNodes].map((node) => node.data)))).observe(document.getElementById("status"), {childList: true}));"""
+WATCH = """window.broken = []; window.shift = window.before = 0; window.before = new Set(Object.keys(window));
+document.addEventListener("securitypolicyviolation", (event) => broken.push(event.violatedDirective));
+new PerformanceObserver((list) => { for (const {value} of list.getEntries()) shift += value; }).observe(
+  {type: "layout-shift"});"""
 
 
 @contextlib.contextmanager
 def visit(url: str, strict: bool = True, **options: Any) -> Iterator[Any]:
     """A page in Chromium; afterwards no script has failed, no policy was broken and no other origin was asked."""
-    playwright, path = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
-    if not path:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=path, args=CHROMIUM.split()) as browser:
-        page, wrong, origin = browser.new_page(**options), [], "/".join(url.split("/")[:3])
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        page = driver.chromium.launch(executable_path=path, args=CHROMIUM.split()).new_page(**options)
+        wrong, origin = [], "/".join(url.split("/")[:3])
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda one: one.url.startswith((origin, "data:")) or wrong.append(one.url))
         page.on("console", lambda one: one.type != "error" or "status of" in one.text or wrong.append(one.text))
@@ -1073,24 +1072,21 @@ def send(page: Any, prompt: str) -> None:
     page.keyboard.press("Control+Enter")
 
 
-def answers(page: Any, path: str, status: int = 200, body: Any = "", kind: str = "text/html", **headers: str) -> None:
-    """Let what stands on the way answer path."""
-    text = body if isinstance(body, str) else json.dumps(body)
-    page.route(path, lambda route: route.fulfill(status=status, body=text, content_type=kind, headers=headers), times=1)
+def answers(page: Any, status: int = 200, body: str = "", kind: str = "text/html", **headers: str) -> None:
+    """Let what stands on the way answer the next POST."""
+    answer = {"status": status, "body": body, "content_type": kind, "headers": headers}
+    page.route("**/api/ai-transform", lambda route: route.fulfill(**answer), times=1)
 
 
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
+def health(page: Any, status: str, reason: str) -> None:
+    """Let the next health be this, and be asked for now."""
+    state = {"status": status, "reason": reason}
+    page.route("**/health", lambda route: route.fulfill(status=503, json=state), times=1)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
 
 
-def sse(*events: tuple[str, Any]) -> str:
-    """Return a stream's text."""
-    return "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
-
-
-def test_page_is_small_names_no_other_origin_and_runs_only_its_own() -> None:
+def test_page_is_small_names_no_other_origin_and_runs_only_its_own(front: Proxy) -> None:
+    assert front.http.get("/").text == front.http.get("/api/ai-transform/page").text == sp.PAGE
     policy = sp.PAGE_HEADERS["Content-Security-Policy"]
     for tag in ("style", "script"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", sp.PAGE, re.DOTALL)
@@ -1102,163 +1098,160 @@ def test_page_is_small_names_no_other_origin_and_runs_only_its_own() -> None:
     assert all(name in sp.PAGE and name in sp.WIDGET for name in BAND_NAMES)
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-@pytest.mark.parametrize("script", [sp.SCRIPT, sp.WIDGET], ids=["page", "widget"])
-def test_script_parses(script: str) -> None:
-    subprocess.run(["node", "--check", "-"], input=script.encode(), check=True)
-
-
-@pytest.mark.parametrize("path", ["/", "/api/ai-transform/page"])
-def test_real_page_tells_place_bands_and_figures(path: str, tmp_path: Path) -> None:
-    with chain(tmp_path) as (server, model), visit(server.url + path) as page, ThreadPoolExecutor() as pool:
+def test_real_page_tells_place_bands_and_figures_and_comes_back(tmp_path: Path) -> None:
+    with chain(tmp_path) as (server, model), visit(server.url) as page, ThreadPoolExecutor() as pool:
         before = [pool.submit(server.post, f"first {n} !pace=0.02") for n in range(3)]
         wait_for(lambda: server.health()["queue"]["waiting"] == 2, 5)
         send(page, "mine !pace=0.02")
-        shows(page, "#rate", "≈")
-        shows(page, "#status", "Done: 60 tokens in")
+        for said in ("place 3", "place 2", "you are next", "writing", "Done: 60 tokens written in"):
+            shows(page, "#status", said)
         assert [one.result().status_code for one in before] == [200] * 3
-
         assert page.locator(".text").all_inner_texts() == [f"{name.lower()} {'é' * 12}" for name in BAND_NAMES]
-        assert re.search("Sent.*place 3.*place 2.*you are next.*reading.*writing.*Done", " ".join(page.evaluate("said")))
-        assert page.inner_text("#source") == f"fake-8b · {server.health()['backends'][0]['name']}"
-        assert all(re.fullmatch(r"\d+(\.\d+)?", page.inner_text(f"#{name}")) for name in ("rate", "time", "tokens", "first"))
+        assert page.inner_text("#source") == f"fake-8b · {model.url[7:]}"
+        figures = [page.inner_text(f"#{name}") for name in ("rate", "time", "tokens", "first")]
+        assert all(re.fullmatch(r"\d+(\.\d+)?", figure) for figure in figures)
         shows(page, "#histogram .mark + text", "p50")
         shows(page, "#summary", "4 documents")
         send(page, "mine !pace=0.02")
-        shows(page, "#source", "from the cache")
+        shows(page, "#status", "From the cache")
         assert page.evaluate("shift") < 0.001
+        model.close()
+        shows(page, "#send:disabled[title='model offline']")
+        shows(page, "#reason", "not connected. It comes back by itself; Transform works meanwhile.")
+        page.click("#standard")
+        shows(page, "#status", "This was not the model")
+        model.open()
+        server.up()
+        page.wait_for_selector("#send:enabled[title='']", timeout=5000)
 
 
-FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"status": 429, "body": {"error": {"code": "rate_limited", "message": "Too many."}}, "Retry-After": "5"}, "Too many. Wait 5"),
-    ({"status": 502, "body": "<b>nginx</b>"}, "did not take the prompt (status 502); try again later"),
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"status": 429, "body": '{"error":{"code":"x","message":"Slow."}}', "retry-after": "5"}, "Slow. Wait 5"),
+    ({"status": 502, "body": "<b>nginx</b>"}, "not take the prompt (status 502); try again later"),
     ({"body": "<b>sign in</b>"}, "did not take the prompt (status 200)"),
-    ({"kind": "text/event-stream", "body": sse(("delta", {"n": 0, "x": "a"}))}, "connection broke before the answer was complete"),
-    ({"kind": "text/event-stream", "body": 'event: delta\ndata: {"n":\n\n'}, "connection broke"),
+    ({"kind": "text/event-stream", "body": 'event: delta\ndata: {"n":0,"x":"a"}\n\n'}, "before the answer was whole"),
+    ({"kind": "text/event-stream", "body": 'event: delta\ndata: {"n":\n\n'}, "before the answer was whole"),
 ]
 
 
-def test_real_page_tells_errors_in_words_and_goes_on(front: Proxy) -> None:
+def test_real_page_tells_errors_and_reasons_in_words_and_goes_on(front: Proxy) -> None:
     with visit(front.url) as page:
-        for answer, said in FAULTS:
-            answers(page, "**/api/ai-transform", **answer)
+        for answer, said in BROKEN:
+            answers(page, **answer)
             send(page, "faults on the way")
             shows(page, "#status[data-state=bad]", said)
         for order, code in (("!garbage", "bad_answer"), ("!error !pace=0.01", "backend_failed")):
             send(page, f"the page's {order}")
             shows(page, "#status[data-state=bad]", sp.REFUSALS[code][1])
+        for reason, words in re.findall(r'(\w+): "(.*?)"', sp.SCRIPT.split("REASONS = {")[1].split("}")[0]):
+            health(page, "warming" if reason == "warming" else "offline", reason)
+            shows(page, "#reason", words)
+            assert page.is_disabled("#send")
         send(page, "faults are over")
         shows(page, "#status", "Done")
 
 
 def test_real_keyboard_alone_sends_cancels_and_copies(front: Proxy, fake: Fake) -> None:
     with visit(front.url) as page:
+
+        def press(*keys: str) -> str:
+            for key in keys:
+                page.keyboard.press(key)
+            return page.evaluate("document.activeElement.id")
+
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         shows(page, "#send:enabled")
-        page.focus("#prompt")
+        assert (press("Tab"), press("Tab")) == ("example", "prompt")  # in the order in which they are seen
         page.keyboard.type("keys alone !hang !bands=60")
-        page.keyboard.press("Tab")
-        page.keyboard.press("Enter")
-        shows(page, "#text0, .text", "é")
+        assert press("Tab", "Enter") == "send"
+        shows(page, ".text", "é")
         left = len(fake.left)
-        page.keyboard.press("Escape")
+        press("Escape")
         shows(page, "#status", "Cancelled. What was written stays.")
         wait_for(lambda: len(fake.left) > left, 1, "the model is free")
-        assert page.evaluate("document.activeElement.id") == "send" and page.is_disabled("#json")
-        page.keyboard.press("Tab")
-        page.keyboard.press("Enter")
+        assert page.is_disabled("#json") and press("Tab", "Enter") == "standard"
         shows(page, "#status", "This was not the model")
-        page.focus("#json")
-        page.keyboard.press("Enter")
-        shows(page, "#json", "Copied")
+        assert press("Tab", "Enter") == "json"
+        shows(page, "#status", "Copied")
         assert sinc_prompt.validate(json.loads(page.evaluate("navigator.clipboard.readText()"))) == (True, [])
 
 
-def test_real_button_is_grey_while_offline_and_comes_back(tmp_path: Path) -> None:
-    with chain(tmp_path) as (server, model), visit(server.url) as page:
-        shows(page, "#send:enabled")
-        model.close()
-        shows(page, "#send:disabled[title='model offline']")
-        shows(page, "#reason", "not connected. This button comes back by itself; Transform works meanwhile.")
-        page.fill("#prompt", "Fix it.")
-        page.click("#standard")
-        shows(page, "#status", "This was not the model")
-        model.open()
-        server.up()
-        page.wait_for_selector("#send:enabled[title='']", timeout=5000)
-        assert page.inner_text("#reason") == ""
-
-
-def test_real_page_says_each_reason(front: Proxy) -> None:
-    with visit(front.url) as page:
-        for reason, words in re.findall(r'(\w+): "(.*?)"', sp.SCRIPT.split("REASONS = {")[1].split("}")[0]):
-            state = {"status": "warming" if reason == "warming" else "offline", "reason": reason}
-            answers(page, "**/health", 503, state, "application/json")
-            shows(page, "#reason", words)
-            assert page.is_disabled("#send")
-
-
-def test_real_markup_stays_text(front: Proxy) -> None:
-    fragments = sp.make_document([MARKUP] * len(BAND_NAMES))
-    metrics = {"tokens": 1, "gen_time": 1.0, "tok_per_s": 1.0, "ttft": 1.0, "cache": "miss", "backend": MARKUP}
-    events = [("queued", {"position": 1}), ("started", {"backend": MARKUP, "model": MARKUP}), ("delta", {"n": 0, "x": MARKUP})]
-    events.append(("done", {"sinc": fragments, "metrics": metrics}))
-    with visit(front.url) as page:
-        answers(page, "**/api/ai-transform", 200, sse(*events), "text/event-stream")
+def test_real_markup_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "backends").mkdir()
+    (model := Fake(tmp_path / "backends" / f"{NAME}.sock")).model = MARKUP
+    with model, proxy(tmp_path, "--backend", "none") as server, visit(server.up().url) as page:
         send(page, MARKUP)
         shows(page, "#status", "Done")
-        assert page.locator(".text").all_inner_texts() == [MARKUP] * len(BAND_NAMES) and MARKUP in page.inner_text("#source")
-        answers(page, "**/api/ai-transform", 400, {"error": {"code": MARKUP, "message": MARKUP}}, "application/json")
+        assert page.inner_text("#source") == f"{MARKUP} · {NAME}"
+        text = json.dumps({"n": 0, "x": MARKUP, "error": {"code": MARKUP, "message": MARKUP}})
+        answers(page, 200, f"event: delta\ndata: {text}\n\nevent: error\ndata: {text}\n\n", "text/event-stream")
         send(page, MARKUP)
         shows(page, "#status", MARKUP)
         page.click("#standard")
         shows(page, "#status", "This was not the model")
-        assert page.locator("img, b").count() == 0
+        assert page.inner_text(".text >> nth=5") == MARKUP and page.locator("img, b").count() == 0
+        families = {one.name: one.samples for one in text_string_to_metric_families(server.http.get("/metrics").text)}
+        assert families["scatter_backend_up"][0].labels == {"backend": NAME}
+        assert {(one["backend"], one.get("model", MARKUP)) for one in server.log()} == {(NAME, MARKUP)}
+        assert "html" not in server.http.get("/log").headers["content-type"]
 
 
-HOST = """<!doctype html><html lang="en"><title>host</title><p id="prompt">Fix it. !pace=0.005 You must be brief.</p><form>
-<button data-scatter-from="#prompt" data-scatter-to="#bands">AI Transform</button></form><div id="bands"></div>
-<script>const before = new Set(Object.keys(window))</script><script src="SITE/api/ai-transform/transform.js"></script>"""
+EXAMPLE = re.findall("```html\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[0]
 
 
-def host(page: Any, url: str, site: str = "") -> None:
-    """Open another page at url, with the widget of site."""
-    page.route("**/host", lambda route: route.fulfill(body=HOST.replace("SITE", site), content_type="text/html"))
-    page.goto(url + "/host")
-
-
-def test_real_widget_works_on_another_site_where_it_is_allowed(fake: Fake, tmp_path: Path) -> None:
-    with proxy(tmp_path, "--backend", fake.url) as strict, visit(strict.up().url, strict=False) as page:
-        host(page, strict.url.replace("127.0.0.1", "localhost"), strict.url)
-        shows(page, "button:disabled[title='model offline']")
-        assert page.evaluate("scatter('x').catch((error) => error.code)") == "unreachable"  # browsers hide the refusal
-    allowed = f"http://localhost:{(port := free_port())}"
-    with proxy(tmp_path, "--backend", fake.url, "--port", port, "--allow-origin", allowed) as open_, visit(open_.up().url, strict=False) as page:
-        host(page, allowed, open_.url)
-        page.click("button")
-        shows(page, "#bands:not([aria-busy]) [data-band='5'] p", "é")
-
-
-def test_real_widget_fills_another_page_and_leaks_one_name(front: Proxy) -> None:
-    with visit(front.url) as page:
-        host(page, front.url)
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nginx"), reason="needs nginx, and root for its folders")
+def test_real_readme_page_works_in_another_server_block(front: Proxy, tmp_path: Path) -> None:
+    zones, shared, site = re.findall(r"<<'CONF'\n(.*?\n)CONF", SCRIPT.read_text(), re.DOTALL)[-3:]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "nginx-proxy.conf").write_text(shared)
+    (tmp_path / "index.html").write_text(EXAMPLE)
+    (tmp_path / "nginx.conf").write_text(
+        f"user root; daemon off; pid {tmp_path}/pid; error_log stderr notice; events {{}}\n"
+        f"http {{ default_type text/html; access_log off;\n"
+        + zones.replace("127.0.0.1:8461", front.url[7:])
+        + f"server {{ listen {url[7:]}; root {tmp_path};\n{site.replace('/etc/scatter', str(tmp_path))} }} }}\n"
+    )
+    nginx = program("nginx", "-c", tmp_path / "nginx.conf", log=tmp_path / "nginx.out", ready="start worker")
+    with nginx, visit(url) as page:
         assert page.evaluate("Object.keys(window).filter((name) => !before.has(name))") == ["scatter"]
         page.click("button")
         shows(page, "#bands:not([aria-busy]) [data-band='5'] p", "é")
         assert page.locator("#bands strong").all_inner_texts() == BAND_NAMES
-        assert page.evaluate("document.styleSheets.length + document.querySelectorAll('#bands [style], #bands [class]').length") == 0
-        answers(page, "**/api/ai-transform", 503, {"error": {"code": "busy", "message": "Many."}}, "application/json")
+        styled = "document.styleSheets.length + document.querySelectorAll('[style], [class]').length"
+        assert page.evaluate(styled) == 0
+        answers(page, 503, '{"error":{"code":"busy","message":"Many."}}', "application/json")
         page.click("button")
         shows(page, "#bands [data-error=busy][role=alert]", "Many.")
-        answers(page, "**/health", 503, {"status": "offline", "reason": "paused"}, "application/json")
+        health(page, "offline", "paused")
         shows(page, "button:disabled[title='model offline']")
+        page.click("[data-scatter-standard]")
+        shows(page, "#bands:not([aria-busy]) [data-band='5'] p", "picnic")
         shows(page, "button:enabled[title='']")
-        assert page.evaluate("scatter('x', {signal: AbortSignal.abort()}).catch((error) => error.code)") == "cancelled"
+        assert page.evaluate("scatter('x', {signal: AbortSignal.abort()}).catch((e) => e.code)") == "cancelled"
+
+
+def test_real_widget_works_on_another_site_where_it_is_allowed(front: Proxy, fake: Fake, tmp_path: Path) -> None:
+    site = "http://other.localhost"
+    flags = ["--backend", fake.url, "--allow-origin", site]
+    with visit(front.url, strict=False) as page, proxy(tmp_path, *flags) as allowed:
+        page.route(f"{site}/", lambda route: route.fulfill(body=example, content_type="text/html"))
+        for server in (front, allowed.up()):
+            example = EXAMPLE.replace('src="', f'src="{server.url}')
+            page.goto(site)
+            if server is front:
+                shows(page, "button:disabled[title='model offline']")
+                assert page.evaluate("scatter('x').catch((e) => e.code)") == "unreachable"  # browsers hide the refusal
+        page.click("button")
+        shows(page, "#bands:not([aria-busy]) [data-band='5'] p", "é")
+        call = {"method": "POST", "headers": {"content-type": "application/json"}, "body": '{"prompt": "x"}'}
+        ask = "([url, call]) => fetch(url, call).then((reply) => reply.headers.get('x-tok-per-s'))"
+        assert float(page.evaluate(ask, [f"{allowed.url}/api/ai-transform", call])) > 0
 
 
 RULES: dict[str, dict[int, str]] = {
     "How do I optimize my database?": {5: "How do I optimize my database?"},
-    "List my todo items; listen to unlimited commonly used input.": {5: "List my todo items; listen to unlimited commonly used input."},
+    "List my todo items; listen to unlimited input.": {5: "List my todo items; listen to unlimited input."},
     "You are a chemist. I am new here. Never guess. Answer as a table. Explain why ice floats.": {
         0: "You are a chemist.", 1: "I am new here.", 3: "Never guess.", 4: "Answer as a table.",
         5: "Answer as a table.\nExplain why ice floats."},
@@ -1278,41 +1271,40 @@ def test_real_standard_documents_are_valid_and_hold_only_what_was_said(front: Pr
             assert prompt in HOSTILE or {one["n"]: one["x"] for one in document["fragments"]} == RULES[prompt]
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(w, s) for w in (360, 768, 1440) for s in ("light", "dark")])
-def test_real_page_has_no_axe_violation_in_any_state(front: Proxy, width: int, scheme: str) -> None:
+def test_real_page_has_no_axe_violation_in_any_state(front: Proxy) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    with visit(front.url, viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
+    states = {"axe !hang !bands=60": "writing", "": "Cancelled", "axe !garbage": "try again", "axe !bands=200": "Done"}
+    with visit(front.url + "/api/ai-transform/page") as page:
 
         def check(selector: str, text: str = "") -> None:
             shows(page, selector, text)
-            found = axe.run(page).response["violations"]
-            assert [(text, one["id"], [node["html"][:99] for node in one["nodes"]]) for one in found] == []
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            for width in (360, 768, 1440):
+                page.set_viewport_size({"width": width, "height": 900})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                for scheme in ("light", "dark"):
+                    page.emulate_media(color_scheme=scheme)
+                    found = axe.run(page).response["violations"]
+                    assert [(text, width, scheme, one["id"], one["nodes"][0]["html"][:99]) for one in found] == []
 
         check("#send:enabled")
-        send(page, f"axe {width} {scheme} !hang !bands=60")
-        check("#status", "writing")
-        page.keyboard.press("Escape")
-        check("#status", "Cancelled")
-        send(page, f"axe {width} {scheme} !garbage")
-        check("#status[data-state=bad]", "try again")
-        send(page, f"axe {width} {scheme} !bands=200")
-        check("#status", "Done")
+        for prompt, said in states.items():
+            send(page, prompt) if prompt else page.keyboard.press("Escape")
+            check("#status", said)
         page.click("#whole")
         page.click("#standard")
-        check("#status", "This was not the model")
-        answers(page, "**/health", 503, {"status": "offline", "reason": "paused"}, "application/json")
+        page.route("**/health", lambda route: route.fulfill(status=503, json={"status": "offline", "reason": "paused"}))
         check("#send:disabled")
 
 
 FRAMES = """(() => { const tick = (now) => { times.push(now); requestAnimationFrame(tick); };
 window.times = []; window.painted = 0; requestAnimationFrame(tick);
-new MutationObserver((list, self) => { self.disconnect(); requestAnimationFrame(() => setTimeout(() => { painted = Date.now(); }));
-}).observe(document.querySelector(".text"), {childList: true}); })()"""
+new MutationObserver((list, self) => { self.disconnect();
+  requestAnimationFrame(() => setTimeout(() => { painted = Date.now(); })); }).observe(
+  document.querySelector(".text"), {childList: true}); })()"""
 
 
-def test_real_first_words_are_painted_at_once_and_long_bands_stay_smooth(front: Proxy, capsys: Any) -> None:
-    prompt, sent = "smooth !first=1 !pace=0.02 !bands=3335", []
+def test_real_first_words_are_painted_at_once_and_long_bands_stay_smooth(front: Proxy) -> None:
+    prompt, sent = "smooth !first=1 !pace=0.015 !bands=3335", []
 
     def listen() -> None:
         with front.stream(prompt) as events:
@@ -1325,8 +1317,7 @@ def test_real_first_words_are_painted_at_once_and_long_bands_stay_smooth(front: 
         shows(page, "#status", "Done")
         frames, late = page.evaluate("times"), page.evaluate("painted") - sent[0] * 1000
         rate = (len(frames) - 1) / (frames[-1] - frames[0]) * 1000
-        with capsys.disabled():
-            print(f"\nfirst words painted {late:.0f} ms after the proxy sent them; {rate:.1f} frames/s over 20,000 characters")
+        print(f"first words painted {late:.0f} ms after the proxy sent them; 20,000 characters at {rate:.1f} frames/s")
         assert late <= 100 and rate >= 50 and page.evaluate("shift") < 0.001
 
 
@@ -2617,6 +2608,26 @@ def test_python_is_clean() -> None:
     result = finished([*ruff, "--extend-select", "E501", *files], cwd=HERE)
 
     assert result.returncode == 0, result.stdout
+
+
+RUN_BY = {"./install.sh demo": "test_demo_real", "./install.sh test": "HERE"}  # the latter is how all of this runs
+
+
+def test_readme_commands_run_or_need_a_server(front: Proxy, tmp_path: Path) -> None:
+    scripts = (HERE / "tunnel.py").read_text() + (HERE / "install.sh").read_text()
+    env = {**os.environ, "SCATTER_HOME": str(tmp_path)}
+    said = Counter()
+    for part in (HERE / "README.md").read_text().split("\n## "):
+        for command in "\n".join(re.findall("```sh\n(.*?)```", part, re.DOTALL)).replace("\\\n", "").splitlines():
+            if re.match("curl |.* key$", command):
+                here = command.replace("http://127.0.0.1:8461", front.url).replace("python3", sys.executable)
+                answer = finished(["sh", "-c", here], cwd=HERE, env=env).stdout
+                said.update(re.findall('^{"sinc"|^event: done|^ssh-ed25519 ', answer, re.MULTILINE))
+            else:
+                assert RUN_BY.get(command) in globals() or part.startswith("Put it on your server"), command
+                assert all(flag in scripts for flag in re.findall(" (--[a-z-]+)", command)), command
+
+    assert said == {'{"sinc"': 1, "event: done": 1, "ssh-ed25519 ": 1}
 
 
 def test_readme_names_each_setting_with_its_default() -> None:
