@@ -1258,7 +1258,7 @@ body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "S
 header, main, .speed, footer { max-width: 1376px; margin: auto; padding: 0 clamp(16px, 3vw, 40px) }
 header, .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin-bottom: 10px }
 header { height: 64px }
-h1, h2, label { margin-right: auto }
+h1, h2, label { margin-right: auto } label { font-weight: 600; font-size: 13px }
 h1, h2 { font: 600 20px/1.2 var(--serif); letter-spacing: -.01em }
 h1 svg { width: 34px; margin-right: 10px; vertical-align: -4px; stroke: var(--accent); stroke-width: 2 }
 .lede { font-size: clamp(27px, 3vw, 36px); font-weight: 500; letter-spacing: -.02em }
@@ -1267,7 +1267,6 @@ h1 svg { width: 34px; margin-right: 10px; vertical-align: -4px; stroke: var(--ac
 #health::before { content: ""; float: left; margin: 6px 8px; border: 4px solid var(--field); border-radius: 4px }
 #health[data-state=ok]::before { border-color: var(--good) }
 #health:is([data-state=busy], [data-state=warming])::before { border-color: var(--slow) }
-label { font-weight: 600; font-size: 13px }
 textarea, button { color: inherit; font: inherit; background: var(--panel); border: 1px solid var(--field);
   border-radius: 8px }
 textarea { display: block; width: 100%; height: 176px; margin-bottom: 12px; padding: 12px 14px; resize: vertical }
@@ -1495,10 +1494,10 @@ function figures({tok_per_s, gen_time, tokens, ttft}, about = "") {
   for (const [id, value, digits, sign] of rows) put(id, Number.isFinite(value) ? sign + value.toFixed(digits) : "");
 }
 function frame() {
-  const gen_time = now() - call?.started; // NaN before the start, and so not shown
-  const tokens = Math.max(call?.deltas, call?.chars / 4) || NaN; // an estimate; the model's own count comes at the end
-  if (call) figures({gen_time, tokens, tok_per_s: tokens / gen_time, ttft: call.ttft}, "≈");
-  if (call) requestAnimationFrame(frame);
+  if (!call) return;
+  const gen_time = now() - call.started; // NaN before the start, and so not shown
+  const tokens = Math.max(call.deltas, call.chars / 4) || NaN; // an estimate; the model's own count comes at the end
+  figures({gen_time, tokens, tok_per_s: tokens / gen_time, ttft: call.ttft}, "≈"), requestAnimationFrame(frame);
 }
 function settle(running, whole, from, text, source, state) {
   [call, sinc, at("bands").dataset.from] = [running, whole, from];
@@ -1543,14 +1542,14 @@ function draw(parent, tag, attributes, text = "") {
   return Object.assign(node, {textContent: text});
 }
 function drawHistogram(svg, wide, {histogram: {edges, counts}, elapsed}) {
-  const step = wide / counts.length, width = Math.max(1, Math.min(48, step - 2)), most = Math.max(...counts);
+  const step = wide / Math.max(12, counts.length), width = Math.max(1, step - 2), most = Math.max(...counts);
   counts.forEach((count, i) => {
     const x = i * step, height = count / most * ROOM, place = {class: "bar", x, y: FLOOR - height, width, height};
     draw(draw(svg, "rect", place), "title", {}, `${edges[i]} to ${edges[i + 1]} s: ${count}`);
     if (i % Math.ceil(56 / step) === 0) draw(svg, "text", {x, y: FLOOR + 18}, `${edges[i]} s`);
   });
   for (const [y, name] of [[20, "p50"], [37, "p95"]]) {
-    const x = (elapsed[name] - edges[0]) / (edges.at(-1) - edges[0]) * wide, left = x > wide / 2;
+    const x = (elapsed[name] - edges[0]) / (edges[1] - edges[0]) * step, left = x > wide / 2;
     const place = {class: "key", y, x: x + (left ? -6 : 6), "text-anchor": left ? "end" : "start"};
     draw(svg, "path", {class: "mark", d: `M${x} ${y - 10}V${FLOOR}`});
     draw(svg, "text", place, `${name} ${elapsed[name].toFixed(2)} s`);
@@ -1558,14 +1557,14 @@ function drawHistogram(svg, wide, {histogram: {edges, counts}, elapsed}) {
 }
 function drawTrace(svg, wide, rates) {
   const most = Math.max(...rates), y = (rate) => FLOOR - rate / most * (ROOM + 16), newest = rates.at(-1);
-  const points = rates.map((rate, i) => `${i / (rates.length - 1 || 1) * wide} ${y(rate)}`);
+  const points = rates.map((rate, i) => `${i / (rates.length - 1) * wide} ${y(rate)}`);
   draw(svg, "path", {class: "trace", d: "M" + points.join("L")});
-  draw(svg, "text", {x: 0, y: y(most) - 8}, `${most.toFixed(0)} tok/s`);
-  draw(svg, "text", {class: "key", x: wide + 6, y: y(newest) + 4}, newest.toFixed(0));
+  draw(svg, "text", {x: 0, y: y(most) - 8}, `${+most.toPrecision(3)} tok/s`);
+  draw(svg, "text", {class: "key", x: wide + 6, y: y(newest) + 4}, +newest.toPrecision(3));
   draw(svg, "text", {x: 0, y: FLOOR + 18}, `${rates.length} answers, the newest at the right`);
 }
 function drawCharts() {
-  if (at("charts").hidden = !stats?.documents) return;
+  if (at("charts").hidden = !(stats?.documents > 1)) return; // one answer is no distribution
   const svgs = [at("histogram"), at("trace")], wide = svgs[1].clientWidth - 40; // px; a label stands at the end
   for (const svg of svgs) { svg.replaceChildren(); draw(svg, "path", {class: "axis", d: `M0 ${FLOOR}H${wide}`}); }
   const {documents, elapsed: {p50, p95}, hit_share, availability} = stats;
@@ -1625,7 +1624,7 @@ PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>scatter</
 <button class="small" id="whole" aria-pressed="false">Expand</button></div>
 <div id="bands">{PANELS}</div></section></main>
 <section class="speed" aria-labelledby="speed"><h2 id="speed">How fast it has been</h2>
-<p class="fine" id="summary">No document yet: the charts begin with the first.</p>
+<p class="fine" id="summary">The charts begin with the second document.</p>
 <div class="charts" id="charts" hidden><figure><figcaption>Documents by time, from dispatch to last token</figcaption>
 <svg id="histogram" aria-hidden="true"></svg></figure><figure><figcaption>Tokens a second, answer by answer</figcaption>
 <svg id="trace" aria-hidden="true"></svg></figure></div></section>
