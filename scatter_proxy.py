@@ -47,12 +47,14 @@ from urllib.parse import quote
 
 try:
     import anyio
+    import h11  # what uvicorn stands on
     import httpcore  # what httpx stands on; with it a connection is ours to keep, and to break off
     import uvicorn
     from starlette.datastructures import Headers
     from starlette.middleware.cors import CORSMiddleware
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.types import Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as exc:
     sys.exit(f"error: {exc.name} is not installed: python3 -m pip install httpx starlette uvicorn")
 
@@ -1820,6 +1822,17 @@ class Scatter:
 # --- application --------------------------------------------------------------
 
 
+class Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1, but what is no HTTP is refused in our words, and not where its answer has begun."""
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = Refusal("bad_request").response({"connection": "close"})
+            head = self.conn.send(h11.Response(status_code=answer.status_code, headers=answer.raw_headers))
+            self.transport.write(head + answer.body)
+        self.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn's server: its tick is our one clock for all deadlines, and it drains with its door open."""
 
@@ -1886,7 +1899,7 @@ def serve(settings: Settings) -> None:
     quiet = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
     limits = {"h11_max_incomplete_event_size": HEAD_LIMIT, "backlog": 1024}
     limits |= {"timeout_keep_alive": 75}  # s; longer than nginx's 60, so that nginx closes: no 502 from a race
-    modes = {"http": "h11", "ws": "none", "lifespan": "off", "loop": "asyncio", "timeout_graceful_shutdown": 2}
+    modes = {"http": Protocol, "ws": "none", "lifespan": "off", "loop": "asyncio", "timeout_graceful_shutdown": 2}
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("scatter_proxy %s: listening on http://%s:%d", VERSION, host, door.getsockname()[1])
     Server(uvicorn.Config(app, **quiet, **limits, **modes), scatter.queue).run(sockets=[door])
