@@ -146,18 +146,27 @@ class Proxy:
         wait_for(lambda: sum(b["up"] for b in self.health()["backends"]) == count, 10, f"{count} backends up")
         return self
 
+    def gauge(self, name: str) -> float:
+        """Return a number of /metrics."""
+        return float(re.findall(rf"^{name} (\S+)", self.http.get("/metrics").text, re.MULTILINE)[0])
+
+    def rss(self) -> float:
+        """Return the process's resident memory in bytes."""
+        return self.gauge("process_resident_memory_bytes")
+
     def log(self) -> list[dict[str, Any]]:
         """Return the log's records."""
         return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
 
 
 @contextlib.contextmanager
-def proxy(folder: Path, *flags: Any, **environ: str) -> Iterator[Proxy]:
-    """Run scatter_proxy.py on a free port with its files in folder."""
+def proxy(folder: Path, *flags: Any, setup: str = "", **environ: str) -> Iterator[Proxy]:
+    """Run scatter_proxy.py on a free port with its files in folder; setup is Python that changes the module before."""
     folder.mkdir(exist_ok=True)
     (folder / "backends").mkdir(exist_ok=True)
     own = ["--port", 0, "--log", folder / "log.jsonl", "--backend-dir", folder / "backends"]
-    argv = [HERE / "scatter_proxy.py", *own, *flags]
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import scatter_proxy as sp; {setup}; sys.exit(sp.main())"
+    argv = [*(["-c", code] if setup else [HERE / "scatter_proxy.py"]), *own, *flags]
     (folder / "proxy.out").write_text("")
     with program(sys.executable, *argv, log=folder / "proxy.out", ready="listening on", **environ) as process:
         yield Proxy(folder, process)
@@ -366,8 +375,9 @@ def raw(url: str, data: bytes, seconds: float = 5) -> bytes:
     """Send data as it is; return what comes until the other side closes or so many seconds have passed."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=seconds) as connection:
-        connection.sendall(data)
         answer, deadline = b"", time.monotonic() + seconds
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            connection.sendall(data)
         with contextlib.suppress(TimeoutError, ConnectionError):
             while time.monotonic() < deadline and (more := connection.recv(65536)):
                 answer += more
@@ -621,6 +631,64 @@ def test_other_site_may_call_when_it_is_allowed(fake: Fake, tmp_path: Path) -> N
     assert preflight.headers["access-control-allow-origin"] == "https://a.example" and preflight.status_code == 200
     assert answer.status_code == 200 and "X-Tok-Per-S" in answer.headers["access-control-expose-headers"]
     assert code_of(other) == "cross_site"
+
+
+WHOLE = b"POST /scatter HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 17\r\n\r\n"
+CHUNKED = WHOLE.replace(b"Content-Length: 17", b"Transfer-Encoding: chunked")
+PROMPT = b'{"prompt": "raw"}'
+WHOLE, IN_CHUNKS = WHOLE + PROMPT, CHUNKED + b"11\r\n" + PROMPT + b"\r\n0\r\n\r\n"
+
+
+def swapped(old: bytes, *new: bytes, whole: bytes = WHOLE) -> list[bytes]:
+    """Return a lawful request with each of these in old's place."""
+    return [whole.replace(old, one, 1) for one in new]
+
+
+def headed(*lines: bytes, whole: bytes = WHOLE) -> list[bytes]:
+    """Return a lawful request with each of these lines added to its head."""
+    return swapped(b"Host: x", *(b"Host: x\r\n" + line for line in lines), whole=whole)
+
+
+RAW = {  # by status; h11's reading of RFC 9112, which nginx in front narrows further
+    200: [WHOLE, IN_CHUNKS, WHOLE.replace(b"\r\n", b"\n"), *headed(b"X: \xff", b"X: a\r\n b", b"Expect: banana")]
+    + headed(b"Expect: 100-continue", b"Upgrade: h2c\r\nConnection: upgrade", b"Content-Length: 17")
+    + headed(b"Content-Length: 5", whole=IN_CHUNKS) + swapped(b"/scatter", b"/scatter?x=%00%ff", b"/api%2fai-transform")
+    + swapped(b"11\r\n{", b"11;" + b"a" * 99999 + b"\r\n{", whole=IN_CHUNKS) + swapped(b"HTTP/1.1", b"HTTP/1.0"),
+    400: headed(b"Host: y", b"X : a", b"X: a\0b", b"X: a\rb", b"Transfer-Encoding: gzip, chunked", b"X: " + b"a" * 10**6)
+    + headed(*(b"Content-Length: " + length for length in (b"5", b"17, 18", b"-1", b"+17", b"0x11", b"\xb2", b"", b"9" * 30)))
+    + headed(b"Transfer-Encoding: chunked", whole=IN_CHUNKS) + swapped(b"chunked", b"identity", b"x", whole=IN_CHUNKS)
+    + swapped(b"11\r\n", b"x\r\n", b"-1\r\n", b"10\r\n", b"\r\n", b"f" * 21 + b"\r\n", whole=IN_CHUNKS)
+    + swapped(b"Host: x\r\n", b"", b"Host: \0\r\n") + swapped(b" HTTP/1.1", b"", b" HTTP/1.1 x", b" SSH-2.0-x")
+    + [b"\x16\x03\x01" + b"\0" * 40 + b"\r\n\r\n", b"\r\n\r\n" + WHOLE] + swapped(b"th: 17", b"th: 5"),
+    404: swapped(b"/scatter", b"//scatter", b"/x/../scatter", b"/%ff%fe", b"/%zz", b"/log%00", b"/log/../../etc/passwd")
+    + swapped(b"/scatter", b"http://x/scatter", b"*", b"/" + b"a" * 60000, b"/scatter%0d%0aX:", b"/api%2fpull"),
+    405: swapped(b"POST", b"post", b"TRACE", b"BREW", b"CONNECT", b"PUT"),
+    413: swapped(b"17", b"9" * 9, b"262145") + [CHUNKED + (b"ffff\r\n" + b"x" * 65535 + b"\r\n") * 5],
+    415: headed(b"Content-Type: text/plain"),
+}
+
+
+def test_raw_request_has_one_clean_end(front: Proxy, fake: Fake) -> None:
+    kept, said = front.post("raw").content, (front.folder / "proxy.out").stat().st_size
+    asked, memory = len(fake.seen), front.rss()
+
+    for status, requests in RAW.items():
+        for request in requests:
+            began, answer = time.monotonic(), raw(front.url, request)
+            last = re.findall(rb"HTTP/1.1 ([2-5]\d\d)", answer)
+            assert last == [b"%d" % status] and time.monotonic() - began < 1, (request[:200], answer[:200])
+            assert answer.endswith(kept) if status == 200 else b'{"error":{"code":' in answer, request[:200]
+    assert len(fake.seen) == asked and front.rss() - memory < 16e6
+    port = int(front.url.split(":")[2])
+    three, _ = guard_ask(port, WHOLE + WHOLE + b"GET /x HTTP/1.1\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", three) == [b"200", b"200", b"400"]  # in turn, and none hidden in another
+    with socket.create_connection(("127.0.0.1", port), 5) as connection:
+        connection.sendall(CHUNKED.replace(b"/scatter", b"/nothing"))
+        assert b" 404 " in connection.recv(999)
+        connection.sendall(b"no chunk\r\n")  # after its answer
+        while connection.recv(999):
+            pass
+    assert "Traceback" not in (front.folder / "proxy.out").read_text()[said:]
 
 
 # --- backends -----------------------------------------------------------------
