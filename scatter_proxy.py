@@ -690,7 +690,7 @@ STREAM_METRICS = ("tokens", "gen_time", "tok_per_s", "ttft", "queue_time", "cach
 
 def event(name: str, data: Any) -> bytes:
     """Return one server-sent event (HTML standard, 9.2)."""
-    return f"event: {name}\ndata: {ENCODE(data)}\n\n".encode()
+    return f"event: {name}\ndata: {ENCODE(data)}\n\n".encode("utf-8", "replace")  # a model's name may be no text
 
 
 class Job:
@@ -864,7 +864,7 @@ class Queue:
         with contextlib.suppress(OSError), os.scandir(self.settings.backend_dir) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
-                    if entry.name.endswith(".sock"):
+                    if re.fullmatch(r"[\w.-]+\.sock", entry.name, re.ASCII):  # whoever may forward chooses it
                         status = entry.stat()
                         seen[entry.name[:-5]] = os.path.abspath(entry.path), status.st_ino, status.st_ctime_ns
         for name in [name for name, backend in self.backends.items() if backend.place != seen.get(name)]:
