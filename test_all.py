@@ -26,6 +26,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import gzip
 import hashlib
 import itertools
 import json
@@ -317,7 +318,8 @@ class Fake:
             text = json.dumps(sp.make_document(texts))
         if "garbage" in order or order.get("garbage_at") == str(options.get("seed")):
             text = "I am sorry, I cannot do that. " * 3
-        if "close" in order and not warming:
+        if "raw" in order and not warming:
+            yield from ANSWERS[order["raw"]][0]
             yield b"reset"
         head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n"
         yield head + (b"Content-Encoding: gzip\r\n" if "gzip" in order else b"") + b"\r\n"
@@ -780,6 +782,43 @@ def test_bad_answer_fails_its_job_alone(front: Proxy, order: str, code: str) -> 
     assert front.health()["backends"][0]["up"] and front.post(f"after {code}").status_code == 200
 
 
+LINES = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
+PART = b'{"model":"m","response":"%s","done":false}\n'
+ANSWERS = {  # name: what the backend writes before it breaks the connection off; the code that the client is told
+    "nothing": ([], "backend_failed"),
+    "banner": ([b"SSH-2.0-OpenSSH_9.2p1\r\n\r\n"], "backend_failed"),
+    "two-lengths": ([LINES + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}"], "backend_failed"),
+    "long-head": ([LINES + b"X: " + b"a" * 200_000 + b"\r\n\r\n"], "backend_failed"),
+    "length-too-long": ([LINES + b"Content-Length: 9999\r\n\r\n" + PART % b"x"], "backend_failed"),
+    "length-too-short": ([LINES + b"Content-Length: 30\r\n\r\n" + PART % b"x" * 99], "bad_answer"),
+    "no-chunk": ([LINES + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"], "backend_failed"),
+    "cut-chunk": ([LINES + b"Transfer-Encoding: chunked\r\n\r\nff\r\n" + PART % b"x"], "backend_failed"),
+    "no-line": ([LINES + b"Content-Length: 12\r\n\r\n" + b'{"response":'], "bad_answer"),
+    "no-object": ([LINES + b"Content-Length: 5\r\n\r\nnull\n"], "bad_answer"),
+    "deep": ([LINES + b"Content-Length: 100001\r\n\r\n" + b"[" * 100_000 + b"\n"], "bad_answer"),
+    "elsewhere": ([b"HTTP/1.1 302 X\r\nLocation: http://169.254.169.254/\r\nContent-Length: 0\r\n\r\n"], "backend_failed"),
+    "announced": ([b"HTTP/1.1 103 X\r\n\r\n" * 2000 + b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n"], "backend_failed"),
+    "bomb": ([LINES + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(10**7), 1) * 30], "bad_answer"),
+    "long-line": ([LINES + b"Content-Length: 67108864\r\n\r\n", *[b"x" * 2**20] * 64], "bad_answer"),
+    "endless": ([LINES + b"Content-Length: 99999999\r\n\r\n", *[PART % (b"x" * 999)] * 9999], "bad_answer"),
+}
+
+
+def test_broken_answer_is_told_and_the_next_is_served_real(tmp_path: Path) -> None:
+    with chain(tmp_path) as (server, fake):
+        server.post("before")
+        memory, began = server.rss(), time.monotonic()
+        for name, (_, code) in ANSWERS.items():
+            assert code_of(server.post(f"broken !raw={name}")) == code, name
+            wait_for(lambda: server.health()["status"] == "ok", 5, f"up again after {name}")
+            assert server.post(f"after {name}").status_code == 200
+        with server.stream("shown !raw=endless") as events:
+            assert list(events)[-1][1]["error"]["code"] == "bad_answer"
+        assert server.rss() - memory < 16e6 and time.monotonic() - began < 10
+        assert "Traceback" not in (tmp_path / "proxy.out").read_text()
+        assert Counter(r["code"] for r in server.log() if "code" in r)["ok"] == len(ANSWERS) + 1
+
+
 def test_second_seed_mends_a_bad_answer(front: Proxy, fake: Fake) -> None:
     answer = front.post("mended !garbage_at=42")
 
@@ -834,6 +873,16 @@ def test_socket_joins_and_a_new_one_takes_over(tmp_path: Path) -> None:
         with Fake(path) as second:  # as a tunnel that dials again while sshd still holds the dead link's socket
             wait_for(lambda: second.seen and server.health()["status"] == "ok", 3, "the new socket is up")
             assert server.post("two").status_code == 200 and second.done == ["two"] and "two" not in first.done
+
+
+def test_name_that_is_no_text_takes_nothing_down(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(os.fsencode(tmp_path) + b"/\xff\n.sock")  # as whoever may forward can
+        with chain(tmp_path, "--backend-dir", tmp_path) as (server, fake):
+            fake.model = "\ud800"  # as JSON can
+            assert [server.post(f"name {n}").status_code for n in range(3)] == [200] * 3
+            assert [b["up"] for b in server.health()["backends"]] == [True]
+            assert server.http.get("/metrics").status_code == 200
 
 
 def test_lost_link_starts_the_job_again_elsewhere(tmp_path: Path) -> None:
