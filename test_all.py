@@ -53,6 +53,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import h11
 import httpx
 import pytest
 import sinc_prompt
@@ -427,6 +428,25 @@ def test_setting_that_cannot_work_is_one_line_and_exit_2(flags: str, capsys: pyt
     said = capsys.readouterr().err
     assert status == 2 and said.count("\n") == 1, said
     assert said.startswith(f"error: {flags.split()[0]}") and flags.split()[1] in said
+
+
+FLAGS = st.sampled_from([f"--{f.name.replace('_', '-')}" for f in fields(sp.Settings)] + ["--x", "-h=", "stats", "--"])
+VALUES = st.text(max_size=9) | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["none", "schema", "²"])
+
+
+@budget(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(FLAGS, VALUES), max_size=4), st.dictionaries(FLAGS, VALUES, max_size=2))
+def test_settings_are_within_their_limits_or_refused(flags: list[tuple[str, str]], variables: dict[str, str]) -> None:
+    environ = {f"SCATTER_{name[2:].replace('-', '_').upper()}": value for name, value in variables.items()}
+    try:
+        settings = sp.parse_settings([f"{flag}={value}" for flag, value in flags], environ)
+    except sp.Unable as exc:
+        assert exc.status == 2
+    else:
+        for setting in fields(settings):
+            value, limits = getattr(settings, setting.name), setting.metadata["limits"]
+            assert type(value) is type(setting.default)
+            assert len(limits) == 1 or limits[0] <= value <= limits[1]
 
 
 def test_taken_port_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1668,6 +1688,38 @@ def test_guard_refuses_a_body_that_does_not_fit() -> None:
         with pytest.raises(tunnel.Refused):
             tunnel.remade_body("/api/generate", body, OWNERS_LIMITS)
         assert time.monotonic() - began < 0.5, body[:40]
+
+
+SCHEMAS = st.recursive(st.sampled_from(["json", "x", 5, None, True, -1e9, {"type": "string"}]), lambda inner: st.lists(
+    inner, max_size=3) | st.dictionaries(st.sampled_from(sorted({*map(str, tunnel.SCHEMA), "$ref", "p"})), inner))
+KEYS = st.sampled_from(sorted({key for body in tunnel.BODIES.values() for key in body} | {"model", "num_ctx", "images"}))
+
+
+@budget(deadline=None)
+@given(st.sampled_from(sorted(tunnel.BODIES)), st.dictionaries(KEYS, SCHEMAS | st.integers() | st.text(max_size=5)))
+def test_guard_makes_a_body_that_it_makes_the_same_again(path: str, asked: dict[str, Any]) -> None:
+    with contextlib.suppress(tunnel.Refused):
+        made = tunnel.remade_body(path, json.dumps(asked).encode(), OWNERS_LIMITS)
+        assert tunnel.remade_body(path, made, OWNERS_LIMITS) == made
+        assert set(json.loads(made)) <= {*tunnel.BODIES[path], "model", "keep_alive"} and b'"$ref"' not in made
+        assert json.loads(made)["model"] == "my-model"
+
+
+@budget(deadline=None)
+@given(st.data())
+def test_guard_reads_a_head_or_refuses(data: st.DataObject) -> None:
+    head = bytearray(LAWFUL.partition(b"\r\n\r\n")[0])
+    for at in data.draw(st.lists(st.integers(0, len(head)), max_size=3)):
+        junk = st.binary(max_size=3) | st.sampled_from([b"\r\n", b"\n", b" ", b"Transfer-Encoding: chunked\r\n"])
+        head[at : at + data.draw(st.integers(0, 3))] = data.draw(junk)
+    with contextlib.suppress(tunnel.Refused):
+        method, path, length = tunnel.read_head(bytes(head))
+        assert (method, path) in tunnel.ROUTES and 0 <= length <= tunnel.BODY_LIMIT
+        server = h11.Connection(h11.SERVER)  # another reader, by which the same request ends at the same byte
+        server.receive_data(bytes(head) + b"\r\n\r\n" + b"x" * length + b"y")
+        seen, *body, end = [server.next_event() for _ in range(2 + (length > 0))]
+        assert (seen.method, seen.target) == (method.encode(), path.encode())
+        assert b"".join(part.data for part in body) == b"x" * length and type(end) is h11.EndOfMessage
 
 
 class Played(ThreadingHTTPServer):
