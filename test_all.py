@@ -1025,6 +1025,147 @@ def test_generation_has_its_time_limits(spoke: bool, silent: float, running: flo
     assert job.is_late(1000) == late
 
 
+class Stage(sp.Backend):
+    """A backend whose probes and answers are played by hand: turns holds what each lane in use waits for."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.turns: dict[sp.Lane, asyncio.Future[str]] = {}
+        self.misused = 0  # slots
+        super().__init__(*parts)
+
+    async def _live(self) -> None:
+        await asyncio.Event().wait()
+
+    def turn(self) -> None:
+        """Come up; or be probed with success after a broken link; or go down."""
+        if self.reason and not self.dialect:
+            self.dialect, self.slots, self.lanes = sp.Ollama, 2, [sp.Lane("/none"), sp.Lane("/none")]
+            self.idle = self.lanes[:]
+        self._become("") if self.reason else self.fall("no_tunnel")
+
+    async def generate(self, lane: sp.Lane, job: sp.Job, seed: int, max_tokens: int) -> None:
+        self.misused += lane not in self.lanes or lane in self.turns
+        try:
+            while not job.answer.is_over:
+                self.turns[lane] = asyncio.get_running_loop().create_future()
+                job.hear(sp.Ollama, (await self.turns[lane]).encode())
+            job.conclude()
+        finally:
+            del self.turns[lane]
+
+
+class Visitor:
+    """A client as uvicorn shows it: it asks, may stop reading, may leave."""
+
+    def __init__(self, app: sp.Scatter, prompt: int, streams: bool) -> None:
+        self.said, self.ends, self.left, self.reads = b"", 0, asyncio.Event(), asyncio.Event()
+        self.body: bytes | None = b'{"prompt": "%d"}' % prompt
+        accept = b"text/event-stream" if streams else b"*/*"
+        head = [(b"content-type", b"application/json"), (b"accept", accept)]
+        scope = {"type": "http", "method": "POST", "path": "/scatter", "headers": head}
+        self.reads.set()
+        self.task = asyncio.create_task(app(scope, self.receive, self.send))
+
+    async def receive(self) -> dict[str, Any]:
+        body, self.body = self.body, None
+        if body is None:
+            await self.left.wait()
+        return {"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        await self.reads.wait()
+        self.said += message.get("body", b"")
+        self.ends += message["type"] == "http.response.body" and not message.get("more_body")
+
+    def leave(self) -> None:
+        self.left.set()
+        self.reads.set()
+
+
+LAST = json.dumps({"response": json.dumps(dict.fromkeys(BAND_NAMES, "x")), "done": True, "done_reason": "stop"})
+TURNS = [LAST, LAST, '{"response": "{\\"PERSONA\\": \\"a"}', '{"response": "x"}', '{"done": true}']
+TURNS += [sp.LinkLost("no_model_server"), sp.BackendError(500, "x"), ArithmeticError("x")]
+
+
+class Play:
+    """The service over three played backends, and all that must hold of it at any moment."""
+
+    def __init__(self) -> None:
+        self.app = sp.Scatter(sp.Settings(log=os.devnull, queue=4, cache=0.01))
+        self.queue, self.lines, self.visitors = self.app.queue, [], []
+        self.app.log_file.write = self.lines.append
+        self.queue.look = lambda: None
+        self.queue.backends = {name: self.stage(name) for name in "abc"}
+
+    def stage(self, name: str) -> Stage:
+        return Stage(name, ("/none",), self.app.settings, self.queue._changed)
+
+    def act(self, what: str, n: int, streams: bool) -> None:
+        """Do one thing to the nth of those that it can be done to."""
+        name, visitors = "abc"[n % 3], [v for v in self.visitors if not v.task.done()]
+        turns = [turn for stage in self.queue.backends.values() for turn in stage.turns.values() if not turn.done()]
+        if what == "ask":
+            self.visitors.append(Visitor(self.app, n % 8, streams))
+        elif what == "turn" and turns:
+            played = TURNS[n % len(TURNS)]
+            turn = turns[n % len(turns)]
+            turn.set_exception(played) if isinstance(played, Exception) else turn.set_result(played)
+        elif what == "backend":
+            self.queue.backends[name].turn()
+        elif what == "new":  # as look() does where a socket was made anew
+            self.queue.backends.pop(name).fall("no_tunnel")
+            self.queue.backends[name] = self.stage(name)
+        elif what == "late":
+            self.queue.tick(time.monotonic() + 31)
+        elif what in ("leave", "stall") and visitors:
+            visitors[n % len(visitors)].leave() if what == "leave" else visitors[n % len(visitors)].reads.clear()
+
+    def check(self) -> None:
+        """Fail where a slot is lost or used twice, or where somebody waits who need not."""
+        queue, jobs = self.queue, [job for stage in self.queue.backends.values() for job in stage.jobs]
+        assert set(jobs) == queue.running and len(jobs) == len(set(jobs))
+        for stage in queue.backends.values():
+            slots = stage.slots if stage.dialect else 0
+            assert len(stage.lanes) == slots == len({*stage.idle}) + len(stage.jobs), "a slot lost"
+            assert len(stage.turns) == len(stage.jobs) and not stage.misused
+        assert not (queue.waiting and queue.free()) and len(queue.waiting) <= 4 + 6
+        assert [job.position for job in queue.waiting] == [*range(1, len(queue.waiting) + 1)]
+        assert all(job.readers and not job.ended_at for job in [*queue.waiting, *queue.running])
+        assert set(queue._active.values()) == {*queue.waiting, *queue.running}
+        readers, still = sum(len(job.readers) for job in jobs + [*queue.waiting]), [v for v in self.visitors if not v.task.done()]
+        assert readers == len(still) or not all(v.reads.is_set() for v in still), "a reader left waiting"
+
+    async def run(self, acts: list[tuple[str, int, bool]]) -> None:
+        for act in [*acts, *[("turn", 0, False)] * 99]:
+            for visitor in self.visitors if act[0] == "turn" else ():
+                visitor.reads.set()
+            self.act(*act)
+            for _ in range(12):  # turns of the loop; the longest way through tasks and callbacks takes eight
+                await asyncio.sleep(0)
+            self.check()
+        self.queue.drain(time.monotonic())
+        await asyncio.wait_for(asyncio.gather(*(v.task for v in self.visitors)), 1)
+        for visitor in self.visitors:
+            said = visitor.said
+            ends = len(re.findall(rb"^event: (?:done|error)$|^\{", said, re.MULTILINE))
+            assert visitor.left.is_set() or visitor.ends == ends == 1, said
+        assert sum("code" in line for line in self.lines) == len(self.visitors)
+        codes = Counter(line["code"] for line in self.lines if "code" in line)
+        assert codes == self.app.stats.codes and not codes["unavailable"]
+
+
+ACTS = st.sampled_from(["ask", "ask", "ask", "turn", "turn", "turn", "backend", "leave", "stall", "new", "late"])
+
+
+@budget(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(ACTS, st.integers(0, 99), st.booleans()), min_size=20, max_size=60))
+def test_no_slot_and_no_reader_is_ever_lost(acts: list[tuple[str, int, bool]]) -> None:
+    async def play() -> None:
+        await Play().run([("backend", 0, False), ("backend", 1, False), *acts])
+
+    asyncio.run(play())
+
+
 def test_stop_when_idle_is_quick_and_clean(fake: Fake, tmp_path: Path) -> None:
     with proxy(tmp_path, "--backend", fake.url) as server:
         server.up()
