@@ -316,8 +316,9 @@ class Refusal(Exception):
 
     def response(self, headers: Mapping[str, str] = NO_STORE) -> Response:
         """Return the answer to a client that was told nothing yet."""
-        retry = {"retry-after": str(self.retry_after)} if self.retry_after else {}
-        return JSONResponse(self.body, self.status, {**NO_STORE, **headers, **retry})
+        more = {"retry-after": str(self.retry_after)} if self.retry_after else {}
+        more |= {"connection": "close"} if self.code == "slow_body" else {}  # what is still to come is no request
+        return JSONResponse(self.body, self.status, {**NO_STORE, **headers, **more})
 
 
 class LinkLost(Exception):
