@@ -547,7 +547,7 @@ class Backend:
         self.jobs: set[Job] = set()
         self.idle: list[Lane] = []  # free slots; the last used on top, so that few connections are needed
         self._heard_at = 0.0  # monotonic; when bytes of a job last came
-        self._is_warm = self._is_told_up = False  # weights are loaded; what the log said last
+        self._is_warm = self.is_told_up = False  # weights are loaded; what the log said last, so also while in doubt
         self.prober, self._probe_path, self._template = Lane(place[0]), "", ""
         self.lanes: list[Lane] = []
         self.wake = asyncio.Event()
@@ -650,8 +650,8 @@ class Backend:
 
     def _become(self, reason: str) -> None:
         told = None
-        if self._is_told_up != (not reason) and reason != "warming":
-            self._is_told_up, told = not reason, "down" if reason else "up"
+        if self.is_told_up != (not reason) and reason != "warming":
+            self.is_told_up, told = not reason, "down" if reason else "up"
         if told or reason != self.reason:
             self.reason, self.since = reason, time.time()
             self._on_change(self, told)
@@ -916,7 +916,7 @@ class Queue:
             return Reader(job, "joined", streams)
         if self._drains_until:
             raise Refusal("stopping", 2)
-        if not self.up():
+        if not any(backend.is_told_up for backend in self.backends.values()):  # one in doubt is waited for
             raise Refusal("model_offline", 5)
         if len(self.waiting) >= self.settings.queue and not self.free():
             raise self._busy()
