@@ -26,6 +26,7 @@ import functools
 import getpass
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -39,6 +40,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections import deque
@@ -1137,13 +1139,18 @@ TASK = """\
 
 @dataclass(frozen=True)
 class Service:
-    """What makes the tunnel start with this machine: one file, the commands around it, and when it runs, in words."""
+    """What makes the tunnel start with this machine: one file, the commands around it, and when it runs, in words.
+
+    lasting: what it needs and may be here already: a command that succeeds if it is, that makes it, that takes it away.
+    """
 
     path: Path
     text: str
     enable: Sequence[Sequence[str]]
     disable: Sequence[Sequence[str]]
     when: str
+    lasting: tuple[Sequence[str], Sequence[str], Sequence[str]] | None = None
+    forget: Sequence[Sequence[str]] = ()  # after the file is gone
 
 
 def unit_word(text: str) -> str:
@@ -1176,10 +1183,13 @@ def service(system: str, admin: bool, python: str, script: Path, home: Path, use
                        target="multi-user.target" if admin else "default.target")
     path = (Path("/etc/systemd/system") if admin else user_home / ".config/systemd/user") / "scatter-tunnel.service"
     account = ("useradd", "--system", "--user-group", "--home-dir", str(home), "--shell", "/usr/sbin/nologin", ACCOUNT)
+    lasting = ((("test", "-e", f"/var/lib/systemd/linger/{user}"), ("loginctl", "enable-linger", user),
+                ("loginctl", "disable-linger", user)) if not admin else
+               (("getent", "passwd", ACCOUNT), account, ("userdel", ACCOUNT)))
     systemctl = ("systemctl",) if admin else ("systemctl", "--user")
-    enable = (account if admin else ("loginctl", "enable-linger", user), (*systemctl, "daemon-reload"),
-              (*systemctl, "enable", path.name), (*systemctl, "restart", "--no-block", path.name))
-    return Service(path, unit, enable, ((*systemctl, "disable", "--now", path.name),), when)
+    reload = (*systemctl, "daemon-reload")
+    enable = (reload, (*systemctl, "enable", path.name), (*systemctl, "restart", "--no-block", path.name))
+    return Service(path, unit, enable, ((*systemctl, "disable", "--now", path.name),), when, lasting, (reload,))
 
 
 def this_service(home: Path) -> tuple[Service, Path]:
@@ -1195,32 +1205,57 @@ def this_service(home: Path) -> tuple[Service, Path]:
     return service(sys.platform, admin, sys.executable, script, home, getpass.getuser(), Path.home()), script
 
 
-def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool) -> int:
-    """Keep the flags as settings, copy this script, start the service; a second run changes nothing."""
-    made, script = this_service(home)
-    given = {f.name: getattr(settings, f.name) for f in fields(Settings) if flags.get(f.name) is not None}
-    files = ((home / "tunnel.json", json.dumps({**read_json(home / "tunnel.json"), **given}, indent=1) + "\n"),
-             (script, Path(__file__).read_text("utf-8")), (made.path, made.text))
-    changed = False
-    for path, text in files:
-        encoding = "utf-16" if path.suffix == ".xml" else "utf-8"  # schtasks believes the first line
-        same = path.exists() and path.read_text(encoding) == text
-        changed = changed or not same
-        print(f"{path}: {'unchanged' if same else 'would be written' if dry_run else 'written'}")
-        if dry_run and path != script:
-            print(text)
-        elif not same and not dry_run:
-            write_atomically(path, text, encoding, 0o600 if path.parent == home else 0o644)
-    if not dry_run:
-        public_key(completed(settings, home).identity)
-    before = made.disable if sys.platform != "linux" else ()  # launchd and the scheduler do not replace what runs
-    for command in (*before, *made.enable) if changed else ():
+def run_commands(commands: Sequence[Sequence[str]], dry_run: bool, cure: str = "") -> None:
+    """Run each and print it; raise Fatal with the cure, if there is one, for one that fails."""
+    runtime = {} if WINDOWS else {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # `su` and cron leave it out
+    for command in commands:
         print(shlex.join(command))
         if not dry_run:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            exists = command[0] == "useradd" and done.returncode == 9
-            if done.returncode and command not in before and not exists:
-                raise Fatal(f"{shlex.join(command)}: {done.stderr.strip()[:300]}; mend that and run install again")
+            done = subprocess.run(command, capture_output=True, text=True, env={**runtime, **os.environ}, check=False)
+            if done.returncode and cure:
+                raise Fatal(f"{shlex.join(command)}: {done.stderr.strip()[:300]}; {cure}")
+
+
+def put(path: Path, text: str, mode: int = 0o600, encoding: str = "utf-8", dry_run: bool = False) -> bool:
+    """Make the file hold the text, and say what was done; return whether it did not before."""
+    same = path.exists() and path.read_text(encoding) == text
+    print(f"unchanged: {path}" if same else f"would write: {path}" if dry_run else f"wrote: {path}")
+    if not same and not dry_run:
+        write_atomically(path, text, encoding, mode)
+    return not same
+
+
+def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool) -> int:
+    """Keep the flags as settings, copy this script and what lies beside it, start the service if it is not as it must.
+
+    A second run changes nothing.
+    """
+    made, script = this_service(home)
+    given = {f.name: getattr(settings, f.name) for f in fields(Settings) if flags.get(f.name) is not None}
+    files = [(home / "tunnel.json", json.dumps({**read_json(home / "tunnel.json"), **given}, indent=1) + "\n"),
+             (made.path, made.text), *((script.with_name(p.name), p.read_text("utf-8")) for p in bundle_files())]
+    # one that waits out a failure, which setup may have mended, shall dial now
+    changed = dry_run or not (is_running(home) and read_json(home / "state.json").get("up_since"))
+    for path, text in files:
+        encoding = "utf-16" if path.suffix == ".xml" else "utf-8"  # schtasks believes the first line
+        changed |= put(path, text, 0o600 if path.parent == home else 0o644, encoding, dry_run)
+        if dry_run and path in (home / "tunnel.json", made.path):
+            print(text)
+    if not dry_run:
+        public_key(completed(settings, home).identity)
+    if changed:
+        cure, started = "mend that and run install again", read_json(home / "state.json").get("started_at")
+        if made.lasting and subprocess.run(made.lasting[0], capture_output=True, check=False).returncode:
+            run_commands(made.lasting[1:2], dry_run, cure)
+            if not dry_run:
+                (home / "lasting").touch()  # ours to take away again
+        run_commands(made.disable if sys.platform != "linux" else (), dry_run)  # the others do not replace what runs
+        run_commands(made.enable, dry_run, cure)
+        deadline = time.monotonic() + 20.0  # seconds; it starts within 2, and may have to wait for an older one's end
+        while not dry_run and read_json(home / "state.json").get("started_at") == started:
+            if time.monotonic() > deadline:
+                raise Fatal(f"the service does not start: see its log, and end a `tunnel.py run` that holds {home}")
+            time.sleep(0.1)
     print(f"the tunnel runs {made.when}; see: tunnel.py status")
     return 0
 
@@ -1228,14 +1263,22 @@ def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool
 def uninstall(home: Path, dry_run: bool) -> int:
     """Stop and remove the service; the folder with key, settings and the copy of the log stays."""
     made, script = this_service(home)
-    for command in made.disable:
-        print(shlex.join(command))
+    run_commands(made.disable, dry_run)
+    for path in (made.path, *(script.with_name(name) for name in BUNDLE)):
+        if path.exists():
+            print(f"remove {path}")
+            if not dry_run:
+                path.unlink()
+    run_commands(made.forget, dry_run)
+    if made.lasting and (home / "lasting").exists():
+        run_commands(made.lasting[2:], dry_run)
         if not dry_run:
-            subprocess.run(command, capture_output=True, check=False)
-    for path in (made.path, script):
-        print(f"remove {path}" if path.exists() else f"{path}: not there")
-        if not dry_run:
-            path.unlink(missing_ok=True)
+            (home / "lasting").unlink()
+    if not dry_run and script.parent != home:
+        with contextlib.suppress(OSError):
+            script.parent.rmdir()
+        for path in (home, *home.rglob("*")):
+            os.chown(path, 0, 0, follow_symlinks=False)  # the account is gone, and another may get its number
     print(f"kept: {home} (key, settings, copy of the log)")
     return 0
 
@@ -1354,6 +1397,7 @@ def check(home: Path, settings: Settings, url: str) -> int:
             write_atomically(home / "state.json", "{}")
             flags = [f"--{f.name.replace('_', '-')}={getattr(settings, f.name)}" for f in fields(Settings)[1:]
                      if getattr(settings, f.name) != f.default]
+            flags.append("--mirror=none")  # root would own a copy that the service's account is to write
             command = [sys.executable, __file__, "run", *flags, settings.destination]
             beside = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         for line in itertools.chain(link_hops(settings, home), url_hops(url) if url else ()):
@@ -1366,6 +1410,107 @@ def check(home: Path, settings: Settings, url: str) -> int:
             beside.terminate()
             beside.wait()
     return 0
+
+
+# --- setup -------------------------------------------------------------------
+# Two calls of the owner's own ssh, with his settings, agent and questions: the first sends the bundle and brings the
+# host keys back, the second has the terminal, as sudo may ask for a password. They share one connection where ssh can.
+
+BUNDLE = ("scatter_proxy.py", "install.sh", "tunnel.py")
+RECEIVE = ('umask 077; at=$(mktemp -d /tmp/scatter.XXXXXX) && tar -xzmf - -C "$at" && echo "scatter: $(id -u) $at" && '
+           "cat /etc/ssh/ssh_host_*_key.pub")
+
+
+def bundle_files() -> list[Path]:
+    """Return what lies beside this script of the three files and of the proxy's settings."""
+    return [p for p in map(Path(__file__).absolute().with_name, BUNDLE) if p.exists()]
+
+
+def bundle(files: Sequence[Path]) -> bytes:
+    """Return the files as a compressed tar, with the ends of lines that a shell reads."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for path in files:
+            text = path.read_bytes().replace(b"\r\n", b"\n")  # as git on Windows may have made them
+            about = tarfile.TarInfo(path.name)
+            about.size = len(text)
+            tar.addfile(about, io.BytesIO(text))
+    return packed.getvalue()
+
+
+def pinned(text: str, host: str, port: int, keys: Sequence[str]) -> str:
+    """Return the text of known_hosts with these keys, and no others, for the host."""
+    places = (host, f"[{host}]:{port}")
+    others = [line for line in text.splitlines() if not set(places) & set(line.split(" ")[0].split(","))]
+    return "".join(line + "\n" for line in (*others, *(f"{','.join(places)} {key}" for key in keys)))
+
+
+def install_there(at: str, is_root: bool, words: Sequence[str]) -> str:
+    """Return the shell command that installs the bundle at a folder of the VPS and removes the folder."""
+    sudo = "" if is_root else "sudo "
+    return f"trap 'rm -rf {at}' EXIT HUP INT TERM; {sudo}sh {at}/install.sh vps {shlex.join(words)}"
+
+
+def public_url(domain: str) -> str:
+    """Return the website's address with the best scheme that answers; empty where the domain leads nowhere yet."""
+    for scheme, kind in (("https", http.client.HTTPSConnection), ("http", http.client.HTTPConnection)):
+        with contextlib.suppress(OSError), contextlib.closing(kind(domain, timeout=5.0)) as line:
+            line.connect()
+            return f"{scheme}://{domain}"
+    return ""
+
+
+def setup(home: Path, flags: dict[str, Any]) -> int:
+    """Make the VPS our front door, from nothing but ssh access to it; return the exit status of check."""
+    admin, domain, dry_run = flags["destination"], flags["domain"], flags["dry_run"]
+    port = ["-p", flags["ssh_port"]] if flags["ssh_port"] else []
+    said = subprocess.run(["ssh", *port, "-G", "--", admin], capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise Fatal(f"ssh -G {admin}: {said.stderr.strip()[:300]}; mend ~/.ssh/config")
+    host, at_port = (re.search(rf"(?m)^{word} (.+)$", said.stdout)[1] for word in ("hostname", "port"))
+    flags = {**flags, "destination": "scatter-tunnel@" + host, "ssh_port": at_port}
+    settings = completed(parse_settings(home, flags), home)
+    files = bundle_files()
+    if len(files) < len(BUNDLE):
+        raise Fatal(f"{Path(__file__).absolute().parent}: lacks one of {', '.join(BUNDLE)}; keep them in one folder")
+    files += [home / "scatter.env"] if (home / "scatter.env").exists() else []
+    words = ["--domain", domain, "--authorize", " ".join((*public_key(settings.identity), settings.name))]
+    words += ["--site", flags["site"]] if flags["site"] else []
+    words += [f"--{word.replace('_', '-')}" for word in ("packages", "dry_run") if flags[word]]
+    with tempfile.TemporaryDirectory(prefix="scatter-") as folder:
+        share = [] if WINDOWS else ["-oControlMaster=auto", f"-oControlPath={folder}/s", "-oControlPersist=60"]
+        ssh = ["ssh", *port, "-oConnectTimeout=10", "-oServerAliveInterval=15", *share]
+        try:
+            command = [*ssh, "--", admin, "sh -c " + shlex.quote(RECEIVE)]
+            sent = subprocess.run(command, input=bundle(files), stdout=subprocess.PIPE, check=False)
+            answer = sent.stdout.decode("utf-8", "replace")
+            there = re.search(r"(?m)^scatter: (\d+) (/tmp/scatter\.\w+)$", answer)
+            keys = re.findall(r"(?m)^((?:ssh|ecdsa|sk)-\S+ \S+)", answer)
+            if not there or not keys:
+                raise Fatal(f"ssh {admin}: status {sent.returncode}; mend what it says above, then run setup again")
+            is_root = there[1] == "0"
+            tty = ["-t"] if not is_root and sys.stdin.isatty() else []
+            command = [*ssh, *tty, "--", admin, "sh -c " + shlex.quote(install_there(there[2], is_root, words))]
+            status = subprocess.run(command, check=False).returncode
+        finally:
+            if share:
+                subprocess.run([*ssh, "-O", "exit", "--", admin], capture_output=True, check=False)
+    if status:
+        raise Fatal(f"install.sh on {admin}: status {status}; mend what it says above, then run setup again")
+    known = home / "known_hosts"
+    text = known.read_text("utf-8") if known.exists() else ""
+    put(known, pinned(text, host, int(at_port), keys), dry_run=dry_run)
+    install(home, settings, flags, dry_run)
+    if dry_run:
+        return 0
+    url = public_url(domain)
+    status = check(home, settings, url)
+    print(f"\n{url or 'http://' + domain}/api/ai-transform/page")
+    if not url:
+        print(f"next: a DNS record that says that {domain} is {host}, then: tunnel.py check --url http://{domain}")
+    elif url.startswith("http:"):
+        print(f"next, on the VPS: certbot --nginx -d {domain}")
+    return status
 
 
 # --- status ------------------------------------------------------------------
@@ -1432,6 +1577,7 @@ def status_lines(state: dict[str, Any]) -> list[str]:
 # --- command line ------------------------------------------------------------
 
 COMMANDS = {
+    "setup": "make a VPS that you may log in to the front door, and start the tunnel",
     "run": "hold the tunnel", "install": "start it with this machine", "uninstall": "no longer start it",
     "check": "ask each hop in turn; say the first that fails", "status": "say whether it is up",
     "pause": "give the GPU back: unload the model, tell callers `paused`", "resume": "end the pause",
@@ -1466,13 +1612,18 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("duration", nargs="?", default="", help="90s, 30m, 2h, 1d; default: until resume")
         if name == "status":
             sub.add_argument("--json", action="store_true", help="print the whole state")
-        if name in ("install", "uninstall"):
+        if name == "setup":
+            sub.add_argument("destination", help="the VPS and your own account on it: root, or one that may sudo")
+            sub.add_argument("--domain", required=True, help="the website's name")
+            sub.add_argument("--site", help="file of the site in the VPS's nginx; default: a server block of its own")
+            sub.add_argument("--packages", action="store_true", help="let the VPS install by apt what it lacks")
+        if name in ("setup", "install", "uninstall"):
             sub.add_argument("--dry-run", action="store_true", help="print each file and command, change nothing")
         if name == "check":
             sub.add_argument("--url", default="", help="the website's address: go on to a document from outside")
         if name in ("run", "install", "check"):
             sub.add_argument("destination", nargs="?", help=fields(Settings)[0].metadata["help"])
-        for f in fields(Settings)[1:] if name in ("run", "install", "check", "key", "pause") else ():
+        for f in fields(Settings)[1:] if name in ("setup", "run", "install", "check", "key", "pause") else ():
             default = f" (default: {f.default})" if f.default else ""
             sub.add_argument("--" + f.name.replace("_", "-"), metavar="X", help=f.metadata["help"] + default)
     return made
@@ -1495,6 +1646,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "install":
             return install(home, settings, vars(args), args.dry_run)
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if args.command == "setup":
+            return setup(home, vars(args))
         settings = completed(settings, home)
         if args.command == "key":
             print(*public_key(settings.identity), settings.name)
