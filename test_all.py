@@ -1892,6 +1892,32 @@ def test_tunnel_install_shows_each_file_and_changes_nothing(at_home: Path, capsy
     assert '"model": "m"' in said and "ExecStart=" in said and "systemctl" in said and not at_home.exists()
 
 
+# --- tunnel: setup ------------------------------------------------------------
+
+
+def test_setup_pins_the_host_keys_of_today() -> None:
+    old = "vps ssh-ed25519 OLD\n[vps]:2222 ssh-rsa OLD\nother ssh-ed25519 KEPT\n"
+    new = tunnel.pinned(old, "vps", 2222, ["ssh-ed25519 A", "ssh-rsa B"])
+    assert new == "other ssh-ed25519 KEPT\nvps,[vps]:2222 ssh-ed25519 A\nvps,[vps]:2222 ssh-rsa B\n"
+    assert tunnel.pinned(new, "vps", 2222, ["ssh-ed25519 A", "ssh-rsa B"]) == new
+
+
+def test_setup_words_mean_the_same_in_the_shell_there(tmp_path: Path) -> None:
+    (tmp_path / "install.sh").write_bytes(b"printf '%s|' \"$@\"\r\nexit 7\r\n")  # as git on Windows leaves it
+    files = tunnel.bundle([tmp_path / "install.sh"])
+    sent = subprocess.run(["sh", "-c", tunnel.RECEIVE], input=files, stdout=subprocess.PIPE, check=False)
+    there = re.search(r"scatter: \d+ (\S+)", sent.stdout.decode())
+    assert there
+    ran = finished(["sh", "-c", tunnel.install_there(there[1], True, ["--domain", "a b'c"])])
+    assert (ran.returncode, ran.stdout) == (7, "vps|--domain|a b'c|") and not Path(there[1]).exists()
+
+
+def test_setup_that_cannot_log_in_says_so_in_one_line(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["setup", "me@127.0.0.1", "--ssh-port", "1", "--domain", "shop.test"]
+    assert tunnel.main(command) == 1 and "ssh me@127.0.0.1: status 255; mend what it says" in capsys.readouterr().err
+    assert tunnel.main([*command, "--name", "A B"]) == 2
+
+
 # --- tunnel: guard ------------------------------------------------------------
 
 OWNERS_LIMITS = tunnel.Limits("my-model", 8192, 4096, "-1")
@@ -2681,7 +2707,8 @@ class Vps:
 def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bare Debian with nginx and sshd, the bundle, and the wheels that pip will want. Made once."""
     root = Path(os.environ.get("SCATTER_DEBIAN") or tmp_path_factory.mktemp("debian") / "root")  # one here saves time
-    packages = "systemd-sysv,dbus,openssh-server,nginx-light,python3-venv,iproute2,procps,sudo,ca-certificates"
+    packages = "systemd-sysv,libpam-systemd,polkitd,dbus,openssh-server,nginx-light,python3-venv,iproute2,procps,sudo"
+    packages += ",ca-certificates"
     if not root.exists():
         command = f"mmdebstrap -q --variant=minbase --include={packages} bookworm {root} http://deb.debian.org/debian"
         subprocess.run(command.split(), check=True)
@@ -2879,6 +2906,100 @@ def test_vps_unit_survives_real(vps: Vps) -> None:
     vps.boot()
     wait_for(served_by, 20, "serving after a boot")
     assert vps.run("stat -c '%U:%G %a' /run/scatter/backends").stdout == "scatter-tunnel:scatter 2750\n"
+
+
+class Home(Vps):
+    """A workstation that has booted, too, in the second namespace of a VPS."""
+
+    def __init__(self, far: Vps, debian: Path, folder: Path) -> None:
+        self.root, self.name, self.upper = folder / "home", far.home, far.upper / "home"
+        lower = f"lowerdir={debian},upperdir={self.upper}/files,workdir={self.upper}/work"
+        folders = f"mkdir -p {self.root} {self.upper}/files {self.upper}/work"
+        for step in (folders, f"mount -t overlay -o {lower} none {self.root}"):
+            subprocess.run(step.split(), check=True)
+        (self.root / "etc/hosts").write_text("127.0.0.1 localhost\n10.99.0.1 shop.test\n")
+        for name in tunnel.BUNDLE:
+            shutil.copy(HERE / name, self.root / "srv")
+        self.boot()
+
+    def close(self) -> None:
+        self.run("systemctl poweroff --force --force")
+        self.container.wait(30)
+        subprocess.run(["umount", "-l", self.root], check=True)
+
+    def may_log_in(self, far: Vps, user: str, there: str) -> None:
+        """Let a user log in to the VPS by a key of his own; what he knows of its host keys is what they are now."""
+        own = "mkdir -p ~/.ssh; cd ~/.ssh; test -e id_ed25519 || ssh-keygen -q -t ed25519 -N \"\" -f id_ed25519"
+        key = self.run(f"su - {user} -c '{own}; cat id_ed25519.pub'").stdout.strip()
+        known = "".join("10.99.0.1 " + k.read_text() for k in (far.root / "etc/ssh").glob("ssh_host_*_key.pub"))
+        self.run(f"su - {user} -c 'echo \"{known}\" >~/.ssh/known_hosts'")
+        far.run(f"su - {there} -c 'mkdir -p ~/.ssh && echo {key} >>~/.ssh/authorized_keys'")
+
+    def setup(self, flags: str = "") -> str:
+        ran = self.run(f"python3 /srv/tunnel.py setup root@10.99.0.1 --domain shop.test --model fake-8b {flags}")
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+
+SERVED = "ok +document from outside: .*\n\nhttp://shop.test/api/ai-transform/page\nnext, on the VPS: certbot"
+
+
+@booted
+def test_setup_from_ssh_access_to_a_url_and_back_real(vps: Vps, debian: Path, tmp_path: Path) -> None:
+    (vps.root / "etc/pip.conf").write_text("[global]\nno-index = true\nfind-links = /root/wheels\n")
+    script = "python3 /usr/local/lib/scatter/tunnel.py"
+
+    def runs() -> list[str]:
+        show = "systemctl show -P MainPID -P NRestarts -P ExecReloadStatus "
+        return [vps.run(show + "scatter-proxy nginx ssh").stdout, home.run(show + "scatter-tunnel").stdout]
+
+    with contextlib.closing(Home(vps, debian, tmp_path)) as home:
+        home.run("useradd -m -s /bin/bash me")
+        vps.run("useradd -m -s /bin/bash -G sudo admin; echo admin:secret | chpasswd")
+        home.may_log_in(vps, "root", "root")
+        before, own = home.left(), home.root / "var/lib/scatter"
+        own.mkdir()
+        (own / "scatter.env").write_text("SCATTER_MAX_TOKENS=160\n")
+        ollama = "import test_all, time; test_all.Fake('11434').__enter__(); print('up'); time.sleep(300)"
+        inside = ["ip", "netns", "exec", vps.home, sys.executable, "-c", ollama]
+        with program(*inside, log=tmp_path / "model", ready="up"):
+            said = home.setup("--dry-run")
+            assert "would write: /etc/scatter/scatter.env" in said and f"would write: {script[8:]}" in said
+            assert not (vps.root / "opt/scatter").exists() and {p.name for p in own.iterdir()} == {
+                "key", "key.pub", "scatter.env"}  # fmt: skip
+            began = time.monotonic()
+            assert re.search(SERVED, home.setup())
+            took = time.monotonic() - began
+            print(f"from ssh access to a public URL: {took:.1f} s")
+            assert took < 60
+            then, said = runs(), home.setup()
+            assert said.count("unchanged: ") == 18 and not re.search("wrote|started|systemctl", said), said
+            assert runs() == then
+
+            # a rebuilt VPS: other host keys, and nothing of ours
+            vps.run("rm /etc/ssh/ssh_host_*; ssh-keygen -A; systemctl restart ssh")
+            vps.run("sh /opt/scatter/install.sh uninstall")
+            wait_for(lambda: "host_key_changed" in home.run(f"{script} status").stdout, 10, "another machine")
+            home.may_log_in(vps, "root", "root")
+            assert re.search(SERVED, home.setup())
+            key = (vps.root / "etc/ssh/ssh_host_ed25519_key.pub").read_text().split()[1]
+            assert key in (own / "known_hosts").read_text() and len((own / "known_hosts").read_text().split("\n")) == 4
+
+            # another workstation, here another user; his account there may sudo with a password
+            home.may_log_in(vps, "me", "admin")
+            second = "python3 /srv/tunnel.py setup admin@10.99.0.1 --domain shop.test --model fake-8b"
+            person = Demo("nsenter", "-t", home.init, "-a", "--", "su", "-", "me", "-c", second)
+            person.says("password for admin: ", 30)
+            os.write(person.terminal, b"secret\n")
+            person.says(SERVED, 60)
+            assert os.waitpid(person.pid, 0)[1] == 0
+            health = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8461/health').read().decode())"
+            assert vps.run(f'python3 -c "{health}"').stdout.count('"up":true') == 2
+        assert (home.root / "var/lib/systemd/linger/me").exists()
+        home.run(f"su - me -c 'python3 ~/.config/scatter/tunnel.py uninstall'; {script} uninstall")
+        assert not (home.root / "var/lib/systemd/linger/me").exists() and (own / "key").stat().st_uid == 0
+        assert {name for name in home.changed(before) if not name.startswith("var/lib/scatter")} == set()
+        assert home.run("systemctl is-active scatter-tunnel; pgrep -x ssh").stdout == "inactive\n"
 
 
 # --- the chain ----------------------------------------------------------------
