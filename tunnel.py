@@ -1244,7 +1244,8 @@ def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool
     if not dry_run:
         public_key(completed(settings, home).identity)
     if changed:
-        cure, started = "mend that and run install again", read_json(home / "state.json").get("started_at")
+        cure = "mend that or run it by sudo, then run this again"
+        started = read_json(home / "state.json").get("started_at")
         if made.lasting and subprocess.run(made.lasting[0], capture_output=True, check=False).returncode:
             run_commands(made.lasting[1:2], dry_run, cure)
             if not dry_run:
