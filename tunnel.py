@@ -46,6 +46,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -304,15 +305,13 @@ CHUNK_LIMIT = 16 << 20  # bytes of one chunk of an answer; the model server is t
 CONNECTIONS = 128  # at once; the proxy holds one per slot and one for probes
 SLOW_CONNECT = 5.0  # seconds; the model server is on this machine or beside it
 SLOW_REQUEST = 10.0  # seconds from a request's first byte to its last
-KEPT_CONNECTION = 2.0  # seconds; llama.cpp holds a thread for each idle one, and it and uvicorn close theirs after 5
+KEPT_CONNECTION = 2.0  # seconds; llama.cpp and uvicorn close theirs when idle for 5
 IDLE_CONNECTION = 900.0  # seconds; the proxy keeps its own for minutes, so that a request costs one round trip
 SILENT_ANSWER = 330.0  # seconds without a byte; the proxy gives up after 300
 ROUTES = {("POST", "/api/generate"), ("POST", "/v1/chat/completions"), ("GET", "/api/version"), ("GET", "/health"),
           ("GET", "/props"), ("GET", "/v1/models")}
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]{1,1024}) HTTP/1\.1")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):[ \t]*([ -~\t]*)")
-PHRASES = {400: "Bad Request", 403: "Forbidden", 413: "Content Too Large", 431: "Request Header Fields Too Large",
-           502: "Bad Gateway", 503: "Service Unavailable"}
 
 # What may stand in a body. str, bool: that type; (low, high): a number in that range; a set: one of these texts; a
 # name: a count, clamped to that limit of the owner; [rule]: a list of them; {key: rule}: an object, other keys dropped;
@@ -343,7 +342,7 @@ class Refused(Exception):
         status, code, message = self.args
         body = json.dumps({"error": {"code": code, "message": message}})
         close = "" if keep else "Connection: close\r\n"
-        return (f"HTTP/1.1 {status} {PHRASES[status]}\r\nContent-Type: application/json\r\n{close}"
+        return (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n{close}"
                 f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
 
 
@@ -437,7 +436,7 @@ class Connection:
         self.guard, self.reader, self.writer = guard, reader, writer
         self.model: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.deadline = time.monotonic() + SLOW_REQUEST  # when the guard drops it
-        self.busy = False  # whether the model server works for it
+        self.answered, self.busy = 0.0, False  # when; whether the model server works for it
 
     async def serve(self) -> None:
         """Answer requests until the client leaves or one is refused."""
@@ -463,11 +462,7 @@ class Connection:
     async def _one_request(self) -> bool:
         """Read a request, pass it on, pass its answer back; return whether the connection stays."""
         self.deadline = time.monotonic() + IDLE_CONNECTION
-        first = asyncio.ensure_future(self.reader.readexactly(1))
-        await asyncio.wait([first], timeout=KEPT_CONNECTION if self.model else None)
-        if not first.done():
-            self.drop_model()
-        start = await first
+        start = await self.reader.readexactly(1)
         self.deadline = time.monotonic() + SLOW_REQUEST
         try:
             method, path, length = read_head(start + (await self.reader.readuntil(b"\r\n\r\n"))[:-4])
@@ -485,70 +480,54 @@ class Connection:
             self.guard.requests += method == "POST"
             self.busy = True
             watch.add_done_callback(lambda w: w.cancelled() or self.drop(w.exception()))
-            head = f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\nAccept: */*\r\n"
-            return await self._exchange(head, body, watch)
+            kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\nAccept: */*\r\n{kind}\r\n"
+            return await self._exchange(head.encode() + body, watch)
         except Refused as e:
             if e.args[0] < 500:
                 raise
             self.writer.write(e.answer(keep=True))
             return True
         finally:
-            self.busy = False
+            self.busy, self.answered = False, time.monotonic()
             watch.cancel()
+            await asyncio.wait([watch])  # two may not read at once
 
-    async def _exchange(self, head: str, body: bytes, watch: asyncio.Future[bytes]) -> bool:
+    async def _exchange(self, request: bytes, watch: asyncio.Future[bytes]) -> bool:
         """Send the request, and each part of the answer as it comes; return whether the connection stays."""
+        self.deadline = time.monotonic() + SILENT_ANSWER
         try:
-            if not self.model or self.model[0].at_eof():
+            if not self.model or self.model[0].at_eof() or time.monotonic() - self.answered > KEPT_CONNECTION:
                 self.drop_model()
-                self.deadline = time.monotonic() + SILENT_ANSWER
-                dial = asyncio.ensure_future(asyncio.open_connection(*self.guard.target))
-                if not (await asyncio.wait([dial], timeout=SLOW_CONNECT))[0]:
-                    dial.cancel()
-                self.model = need(dial.done() and dial.result())
+                self.model = await asyncio.wait_for(asyncio.open_connection(*self.guard.target), SLOW_CONNECT)
                 need(not watch.done())
             model, to_model = self.model
-            kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
-            to_model.write(f"{head}{kind}\r\n".encode() + body)  # in two writes the second could wait for an ACK
-            self.deadline = time.monotonic() + SILENT_ANSWER
+            to_model.write(request)  # in two writes the second could wait for an ACK
             answer = await model.readuntil(b"\r\n\r\n")
             status = need(re.match(rb"HTTP/1\.[01] ([2-5]\d\d)", answer))[1]
-        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):
+        except (OSError, EOFError, ValueError, asyncio.TimeoutError, asyncio.LimitOverrunError):
             self.drop_model()
             raise Refused(502, "no_model_server", "no model server answers on the workstation") from None
         length = re.search(rb"(?i)\ncontent-length:[ \t]*(\d{1,15})\s*\r\n", answer)
+        chunked = re.search(rb"(?i)\ntransfer-encoding:[ \t]*chunked\s*\r\n", answer)
         closes = re.search(rb"(?i)\nconnection:[^\n]*close", answer) or answer.startswith(b"HTTP/1.0")
-        if re.search(rb"(?i)\ntransfer-encoding:[ \t]*chunked\s*\r\n", answer):
-            await self._pass_chunks(answer, model, watch)
-        else:
-            left = int(length[1]) if length else 0 if status in (b"204", b"304") else float("inf")
-            while answer or left:
-                part = await model.read(int(min(left, 65536))) if left else b""
-                if left and not part:
-                    await self._pass(answer)
-                    return False  # the end that the answer was framed by, or one too early: the client must see it
+        left = 1 if chunked else int(length[1]) if length else 0 if status in (b"204", b"304") else float("inf")
+        await self._pass(answer, None if left else watch)
+        while left:
+            if chunked:  # the last has size 0, and its trailers end with an empty line (RFC 9112, 7.1)
+                part = await model.readline()
+                left = int(need(re.match(rb"[0-9A-Fa-f]{1,8}(?=[ \t;\r\n])", part))[0], 16)
+                need(left <= CHUNK_LIMIT)
+                part += await model.readexactly(left + 2) if left else b""
+                while not left and not part.endswith(b"\n\r\n"):
+                    part += need(len(part) < HEAD_LIMIT and await model.readline())
+            else:
+                part = await model.read(int(min(left, 65536)))
                 left -= len(part)
-                await self._pass(answer + part, None if left else watch)
-                answer = b""
-        if closes:
-            self.drop_model()
+                if not part:
+                    return False  # the end that the answer was framed by, or one too early: the client must see it
+            await self._pass(part, None if left else watch)
         return not closes
-
-    async def _pass_chunks(self, answer: bytes, model: asyncio.StreamReader, watch: asyncio.Future[bytes]) -> None:
-        """Pass a chunked answer; the last chunk has size 0, and its trailers end with an empty line (RFC 9112, 7.1)."""
-        await self._pass(answer)
-        size = 1
-        while size:
-            line = await model.readline()
-            size = int(need(re.match(rb"[0-9A-Fa-f]{1,8}(?=[ \t;\r\n])", line))[0], 16)
-            need(size <= CHUNK_LIMIT)
-            if size:
-                await self._pass(line + await model.readexactly(size + 2))
-        end = line
-        while line.strip() and len(end) < HEAD_LIMIT:
-            line = need(await model.readline())
-            end += line
-        await self._pass(end, watch)
 
     async def _pass(self, part: bytes, watch: asyncio.Future[bytes] | None = None) -> None:
         """Send a part of the answer; with watch it is the last, after which a next request may come."""
@@ -561,9 +540,9 @@ class Connection:
 
     def drop_model(self) -> None:
         """Close the connection to the model server at once: it stops generating, and the GPU is free."""
-        model, self.model = self.model, None
-        if model:
-            model[1].transport.abort()
+        if self.model:
+            self.model[1].transport.abort()
+            self.model = None
 
     def drop(self, _: BaseException | None = None) -> None:
         """Close both sides at once."""
