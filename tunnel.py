@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import functools
 import getpass
 import hashlib
 import http.client
@@ -64,11 +63,15 @@ PORT = r"(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]
 
 
 class Fatal(Exception):
-    """One line for a person: what was seen, with the value, and what to do. Ends the command with status 1."""
+    """One line for a person: what was seen, with the value, and what to do. Ends the command with its status."""
+
+    status = 1
 
 
 class BadSetting(Fatal):
-    """A setting that cannot work. Ends the command with status 2."""
+    """A setting that cannot work."""
+
+    status = 2
 
 
 def option(default: Any, pattern: str, help: str) -> Any:
@@ -134,6 +137,8 @@ def parse_settings(home: Path, flags: dict[str, Any]) -> Settings:
     saved = read_json(path)
     if path.exists() and not saved:
         raise BadSetting(f"{path}: not a JSON object; mend it or remove it")
+    if "destination" in flags and not (flags["destination"] or saved.get("destination")):
+        raise BadSetting(f"no VPS given: say tunnel.py {flags['command']} USER@VPS")
     for f in fields(Settings):
         flag, value = flags.get(f.name), saved.get(f.name, f.default)
         where = f"{path}: {f.name}" if flag is None else "--" + f.name.replace("_", "-")
@@ -146,10 +151,18 @@ def parse_settings(home: Path, flags: dict[str, Any]) -> Settings:
 
 def completed(settings: Settings, home: Path) -> Settings:
     """Return the settings with every default that depends on the key or the folder filled in."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
     identity = settings.identity or str(home / "key")
     name = settings.name or "gpu-" + hashlib.sha256(base64.b64decode(public_key(identity)[1])).hexdigest()[:4]
     return replace(settings, identity=identity, name=name, mirror=settings.mirror or str(home / "scatter-api.jsonl"),
                    remote=settings.remote or f"/run/scatter/backends/{name}.sock")
+
+
+def key(home: Path, flags: dict[str, Any]) -> int:
+    """Print the line that the VPS must authorise."""
+    settings = completed(parse_settings(home, flags), home)
+    print(*public_key(settings.identity), settings.name)
+    return 0
 
 
 def public_key(identity: str) -> list[str]:
@@ -202,13 +215,16 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
             "-L", f"{front_at}:{settings.front}", "--", settings.destination]
 
 
-def front_address(home: Path, spare: Callable[[], str]) -> str:
-    """Return where ssh shall listen here for probe and mirror: a socket, if need be in spare; on Windows a port."""
-    if WINDOWS:
-        with socket.create_server(("127.0.0.1", 0)) as s:
-            return f"127.0.0.1:{s.getsockname()[1]}"
-    path = f"{home}/front.sock"  # at most 104 bytes on macOS; other characters would need ssh's own quoting
-    return path if len(path.encode()) <= 100 and re.fullmatch(r"[\w./-]+", path, re.ASCII) else spare() + "/front.sock"
+def front_address(home: Path) -> str:
+    """Return where ssh shall listen here for probe and mirror: a socket that is ours alone, or a free port.
+
+    A port on Windows, and where a socket's path would be over macOS's 104 bytes or need quoting of ssh's own.
+    """
+    path = f"{home}/front.sock"
+    if not WINDOWS and len(path.encode()) <= 100 and re.fullmatch(r"[\w./-]+", path, re.ASCII):
+        return path
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return f"127.0.0.1:{s.getsockname()[1]}"
 
 
 # --- judging -----------------------------------------------------------------
@@ -505,7 +521,8 @@ class Connection:
             to_model.write(request)  # in two writes the second could wait for an ACK
             answer = await model.readuntil(b"\r\n\r\n")
             status = need(re.match(rb"HTTP/1\.[01] ([2-5]\d\d)", answer))[1]
-        except (OSError, EOFError, ValueError, asyncio.TimeoutError, asyncio.LimitOverrunError):
+        # the time-out is a class of its own before Python 3.11
+        except (OSError, EOFError, ValueError, asyncio.TimeoutError, asyncio.LimitOverrunError):  # noqa: UP041
             self.drop_model()
             raise Refused(502, "no_model_server", "no model server answers on the workstation") from None
         length = re.search(rb"(?i)\ncontent-length:[ \t]*(\d{1,15})\s*\r\n", answer)
@@ -801,22 +818,20 @@ class Tunnel:
 
     async def _supervise(self) -> None:
         failures = 0
-        with contextlib.ExitStack() as stack:  # a folder is made only where one is needed: a kill would leave it
-            spare = functools.cache(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="scatter-")))
-            while True:
-                self.hurry.clear()
-                self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
-                failure = await self._dial(front_address(self.home, spare))
-                held = self.clock() - self.up_at if self.up_at else 0.0
-                self._tell(failure, was_up=held > 0)
-                if self.reason and held:  # a link that we ended is no failure to connect: dial again at once
-                    failures = 0
-                    continue
-                failures = 1 if held > STEADY_AFTER else failures + 1
-                self.hurry.clear()
-                hurry = asyncio.ensure_future(self.hurry.wait())
-                await asyncio.wait([hurry], timeout=next_delay(failure.pace, failures))
-                hurry.cancel()
+        while True:
+            self.hurry.clear()
+            self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
+            failure = await self._dial(front_address(self.home))
+            held = self.clock() - self.up_at if self.up_at else 0.0
+            self._tell(failure, was_up=held > 0)
+            if self.reason and held:  # a link that we ended is no failure to connect: dial again at once
+                failures = 0
+                continue
+            failures = 1 if held > STEADY_AFTER else failures + 1
+            self.hurry.clear()
+            hurry = asyncio.ensure_future(self.hurry.wait())
+            await asyncio.wait([hurry], timeout=next_delay(failure.pace, failures))
+            hurry.cancel()
 
     async def _dial(self, front: str) -> Failure:
         """Hold one ssh from start to end; return why it ended."""
@@ -950,6 +965,29 @@ class Tunnel:
                 self.state["mirror"] = {"file": copy, "position": length}
 
 
+def run(home: Path, flags: dict[str, Any]) -> int:
+    """Hold the tunnel until SIGTERM, SIGINT or a fault."""
+    settings = completed(parse_settings(home, flags), home)
+    to = logging.StreamHandler()
+    if settings.log_file:
+        to = logging.handlers.RotatingFileHandler(settings.log_file, maxBytes=1 << 20, backupCount=1)
+    stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has its own
+    logging.basicConfig(level=logging.INFO, format=stamp + "%(message)s", handlers=[to])
+    held = lock(home)
+    if not held:
+        raise Fatal(f"a tunnel runs from {home} already; stop it, or set SCATTER_HOME to another folder")
+    if WINDOWS:
+        enter_job()
+
+    async def hold() -> int:
+        tunnel, loop = Tunnel(settings, home), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(tunnel.stopping.set))
+        return await tunnel.run()
+    with held:
+        return asyncio.run(hold())
+
+
 # --- mirror ------------------------------------------------------------------
 # The place reached is kept in mirror.json: ETag of the VPS's file (the hash of its first line), bytes read of it, and
 # the length of the copy. The copy is written first and the place after it, so a kill between them leaves bytes beyond
@@ -1026,8 +1064,9 @@ def paused_until(home: Path) -> float | None:
     return until if time.time() < until else None
 
 
-def pause(home: Path, settings: Settings, duration: str) -> int:
+def pause(home: Path, flags: dict[str, Any]) -> int:
     """Tell callers `paused`, end running generations, unload the model."""
+    settings, duration = parse_settings(home, flags), flags["duration"]
     if not re.fullmatch(r"([1-9]\d{0,5}[smhd])?", duration):
         raise BadSetting(f"pause: {duration!r} is no time; write 90s, 30m, 2h, 1d, or nothing to pause until a resume")
     until = time.time() + int(duration[:-1]) * UNITS[duration[-1]] if duration else FOR_EVER
@@ -1051,7 +1090,7 @@ def pause(home: Path, settings: Settings, duration: str) -> int:
     return 0
 
 
-def resume(home: Path) -> int:
+def resume(home: Path, _: dict[str, Any]) -> int:
     """End the pause; the VPS has the model loaded again as soon as it sees that."""
     (home / "pause.json").unlink(missing_ok=True)
     print("resumed")
@@ -1204,12 +1243,12 @@ def put(path: Path, text: str, mode: int = 0o600, encoding: str = "utf-8", dry_r
     return not same
 
 
-def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool) -> int:
+def install(home: Path, flags: dict[str, Any]) -> int:
     """Keep the flags as settings, copy this script and what lies beside it, start the service if it is not as it must.
 
     A second run changes nothing.
     """
-    made, script = this_service(home)
+    settings, dry_run, (made, script) = parse_settings(home, flags), flags["dry_run"], this_service(home)
     given = {f.name: getattr(settings, f.name) for f in fields(Settings) if flags.get(f.name) is not None}
     files = [(home / "tunnel.json", json.dumps({**read_json(home / "tunnel.json"), **given}, indent=1) + "\n"),
              (made.path, made.text), *((script.with_name(p.name), p.read_text("utf-8")) for p in bundle_files())]
@@ -1240,9 +1279,9 @@ def install(home: Path, settings: Settings, flags: dict[str, Any], dry_run: bool
     return 0
 
 
-def uninstall(home: Path, dry_run: bool) -> int:
+def uninstall(home: Path, flags: dict[str, Any]) -> int:
     """Stop and remove the service; the folder with key, settings and the copy of the log stays."""
-    made, script = this_service(home)
+    dry_run, (made, script) = flags["dry_run"], this_service(home)
     run_commands(made.disable, dry_run)
     for path in (made.path, *(script.with_name(name) for name in BUNDLE)):
         if path.exists():
@@ -1367,9 +1406,9 @@ def url_hops(url: str) -> Iterator[str]:
     yield "document from outside: " + hop("document from outside", nginx, lambda: task_of(call("", ASK)))
 
 
-def check(home: Path, settings: Settings, url: str) -> int:
+def check(home: Path, flags: dict[str, Any]) -> int:
     """Ask each hop in turn; the first that fails says what was seen and what mends it. Return 0 or 1."""
-    beside = None
+    settings, url, beside = completed(parse_settings(home, flags), home), flags["url"], None
     try:
         for line in home_hops(settings):
             print("ok    " + line, flush=True)
@@ -1442,7 +1481,8 @@ def public_url(domain: str) -> str:
 
 def setup(home: Path, flags: dict[str, Any]) -> int:
     """Make the VPS our front door, from nothing but ssh access to it; return the exit status of check."""
-    admin, domain, dry_run = flags["destination"], flags["domain"], flags["dry_run"]
+    admin, domain, dry_run = flags["admin"], flags["domain"], flags["dry_run"]
+    parse_settings(home, {"destination": admin})  # before ssh gets to see it
     port = ["-p", flags["ssh_port"]] if flags["ssh_port"] else []
     said = subprocess.run(["ssh", *port, "-G", "--", admin], capture_output=True, text=True, check=False)
     if said.returncode:
@@ -1480,11 +1520,11 @@ def setup(home: Path, flags: dict[str, Any]) -> int:
     known = home / "known_hosts"
     text = known.read_text("utf-8") if known.exists() else ""
     put(known, pinned(text, host, int(at_port), keys), dry_run=dry_run)
-    install(home, settings, flags, dry_run)
+    install(home, flags)
     if dry_run:
         return 0
     url = public_url(domain)
-    status = check(home, settings, url)
+    status = check(home, {**flags, "url": url})
     print(f"\n{url or 'http://' + domain}/api/ai-transform/page")
     if not url:
         print(f"next: a DNS record that says that {domain} is {host}, then: tunnel.py check --url http://{domain}")
@@ -1524,13 +1564,13 @@ def clock_time(at: float) -> str:
     return "`tunnel.py resume`" if at == FOR_EVER else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def status(home: Path, as_json: bool) -> int:
+def status(home: Path, flags: dict[str, Any]) -> int:
     """Print what the running tunnel last wrote; return 0 if it is up, else 1."""
     state = {**read_json(home / "state.json"), "running": is_running(home), "paused_until": paused_until(home)}
     if not state["running"]:
         state.update(up_since=None, front=None)
     state["up"] = bool(state.get("up_since"))
-    print(json.dumps(state, indent=1) if as_json else "\n".join(status_lines(state)))
+    print(json.dumps(state, indent=1) if flags["json"] else "\n".join(status_lines(state)))
     return 0 if state["up"] else 1
 
 
@@ -1556,93 +1596,50 @@ def status_lines(state: dict[str, Any]) -> list[str]:
 
 # --- command line ------------------------------------------------------------
 
-COMMANDS = {
-    "setup": "make a VPS that you may log in to the front door, and start the tunnel",
-    "run": "hold the tunnel", "install": "start it with this machine", "uninstall": "no longer start it",
-    "check": "ask each hop in turn; say the first that fails", "status": "say whether it is up",
-    "pause": "give the GPU back: unload the model, tell callers `paused`", "resume": "end the pause",
-    "key": "make the key if there is none; print the line that the VPS must authorise",
-}
-
-
-def run(settings: Settings, home: Path) -> int:
-    """Hold the tunnel until SIGTERM, SIGINT or a fault."""
-    held = lock(home)
-    if not held:
-        raise Fatal(f"a tunnel runs from {home} already; stop it, or set SCATTER_HOME to another folder")
-    if WINDOWS:
-        enter_job()
-
-    async def hold() -> int:
-        tunnel, loop = Tunnel(settings, home), asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(tunnel.stopping.set))
-        return await tunnel.run()
-    with held:
-        return asyncio.run(hold())
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "destination": {"nargs": "?", "help": fields(Settings)[0].metadata["help"]},
+    "admin": {"help": "the VPS and your own account on it: root, or one that may sudo"},
+    "duration": {"nargs": "?", "default": "", "help": "90s, 30m, 2h, 1d; default: until resume"},
+    "--domain": {"required": True, "help": "the website's name"},
+    "--site": {"help": "file of the site in the VPS's nginx; default: a server block of its own"},
+    "--packages": {"action": "store_true", "help": "let the VPS install by apt what it lacks"},
+    "--dry-run": {"action": "store_true", "help": "print each file and command, change nothing"},
+    "--url": {"default": "", "help": "the website's address: go on to a document from outside"},
+    "--json": {"action": "store_true", "help": "print the whole state"}}
+COMMANDS: dict[Callable[[Path, dict[str, Any]], int], tuple[str, str]] = {  # what each takes, what it does
+    setup: ("admin --domain --site --packages --dry-run", "make a VPS the front door, and start the tunnel"),
+    run: ("destination", "hold the tunnel"),
+    install: ("destination --dry-run", "start it with this machine"),
+    uninstall: ("--dry-run", "no longer start it"),
+    check: ("destination --url", "ask each hop in turn; say the first that fails"),
+    status: ("--json", "say whether it is up"),
+    pause: ("duration", "give the GPU back: unload the model, tell callers `paused`"),
+    resume: ("", "end the pause"),
+    key: ("", "make the key if there is none; print the line that the VPS must authorise")}
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--version", action="version", version=f"tunnel {VERSION}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text)
-        if name == "pause":
-            sub.add_argument("duration", nargs="?", default="", help="90s, 30m, 2h, 1d; default: until resume")
-        if name == "status":
-            sub.add_argument("--json", action="store_true", help="print the whole state")
-        if name == "setup":
-            sub.add_argument("destination", help="the VPS and your own account on it: root, or one that may sudo")
-            sub.add_argument("--domain", required=True, help="the website's name")
-            sub.add_argument("--site", help="file of the site in the VPS's nginx; default: a server block of its own")
-            sub.add_argument("--packages", action="store_true", help="let the VPS install by apt what it lacks")
-        if name in ("setup", "install", "uninstall"):
-            sub.add_argument("--dry-run", action="store_true", help="print each file and command, change nothing")
-        if name == "check":
-            sub.add_argument("--url", default="", help="the website's address: go on to a document from outside")
-        if name in ("run", "install", "check"):
-            sub.add_argument("destination", nargs="?", help=fields(Settings)[0].metadata["help"])
-        for f in fields(Settings)[1:] if name in ("setup", "run", "install", "check", "key", "pause") else ():
+    for do, (takes, text) in COMMANDS.items():
+        sub = commands.add_parser(do.__name__, help=text, description=text)
+        sub.set_defaults(do=do)
+        for name in takes.split():
+            sub.add_argument(name, **ARGUMENTS[name])
+        for f in fields(Settings)[1:] if do not in (uninstall, status, resume) else ():
             default = f" (default: {f.default})" if f.default else ""
             sub.add_argument("--" + f.name.replace("_", "-"), metavar="X", help=f.metadata["help"] + default)
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, home = parser().parse_args(argv), home_folder()
+    args = parser().parse_args(argv)
     try:
-        if args.command == "status":
-            return status(home, args.json)
-        if args.command == "resume":
-            return resume(home)
-        if args.command == "uninstall":
-            return uninstall(home, args.dry_run)
-        settings = parse_settings(home, vars(args))
-        if args.command == "pause":
-            return pause(home, settings, args.duration)
-        if args.command != "key" and not settings.destination:
-            raise BadSetting(f"{args.command}: no VPS given; say tunnel.py {args.command} USER@VPS")
-        if args.command == "install":
-            return install(home, settings, vars(args), args.dry_run)
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if args.command == "setup":
-            return setup(home, vars(args))
-        settings = completed(settings, home)
-        if args.command == "key":
-            print(*public_key(settings.identity), settings.name)
-            return 0
-        if args.command == "check":
-            return check(home, settings, args.url)
-        to = logging.StreamHandler()
-        if settings.log_file:
-            to = logging.handlers.RotatingFileHandler(settings.log_file, maxBytes=1 << 20, backupCount=1)
-        stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has its own
-        logging.basicConfig(level=logging.INFO, format=stamp + "%(message)s", handlers=[to])
-        return run(settings, home)
+        return args.do(home_folder(), vars(args))
     except Fatal as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, BadSetting) else 1
+        return e.status
 
 
 if __name__ == "__main__":
