@@ -37,6 +37,7 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -47,7 +48,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from xml.sax.saxutils import escape
 
@@ -120,12 +121,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return {}
 
 
-def write_atomically(path: Path, text: str, encoding: str = "utf-8", mode: int = 0o600) -> None:
+def encoding_of(path: Path) -> str:
+    return "utf-16" if path.suffix == ".xml" else "utf-8"  # schtasks believes the first line
+
+
+def write_atomically(path: Path, text: str) -> None:
     """Put text in place of the file in one step, so that no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding)
-    beside.chmod(mode)
+    beside.write_text(text, encoding_of(path))
+    beside.chmod(0o644)  # the service's account may be another; what is private lies in our folder, which is closed
     if not WINDOWS and os.geteuid() == 0:  # root may pause a service that runs as another account
         os.chown(beside, path.parent.stat().st_uid, path.parent.stat().st_gid)
     beside.replace(path)
@@ -591,10 +596,11 @@ class Guard:
 # --- probe -------------------------------------------------------------------
 
 class Line(http.client.HTTPConnection):
-    """A connection to ADDRESS:PORT or to a Unix socket's path; every wait is bounded by its timeout in seconds."""
+    """A connection to ADDRESS:PORT, a website or a Unix socket's path; every wait is bounded by timeout, in seconds."""
 
     def __init__(self, at: str, timeout: float = 2.0) -> None:
-        super().__init__("localhost", timeout=timeout)
+        self.url = urlsplit(at if "://" in at else f"//{at}")
+        super().__init__(self.url.hostname if self.url.scheme else "localhost", timeout=timeout)
         self.at, self.took = at, 0.0  # took: seconds from the last question to its answer's head
 
     def connect(self) -> None:
@@ -602,9 +608,11 @@ class Line(http.client.HTTPConnection):
             self.sock = socket.socket(socket.AF_UNIX)
             self.sock.settimeout(self.timeout)
             self.sock.connect(self.at)
-        else:
-            host, _, port = self.at.rpartition(":")
-            self.sock = socket.create_connection((host, int(port)), self.timeout)
+            return
+        port = self.url.port or (443 if self.url.scheme == "https" else 80)
+        self.sock = socket.create_connection((self.url.hostname, port), self.timeout)
+        if self.url.scheme == "https":
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.url.hostname)
 
     def ask(self, path: str, body: Any = None, span: str = "") -> tuple[int, str, bytes]:
         """Return status, ETag and body (to 8 MiB) of the answer; raise OSError where none came. span: of a Range."""
@@ -618,7 +626,7 @@ class Line(http.client.HTTPConnection):
             return answer.status, answer.headers.get("ETag", ""), answer.read(8 << 20)
         except (OSError, http.client.HTTPException) as e:
             self.close()
-            raise OSError(f"{type(e).__name__} from {self.at}") from e
+            raise OSError(f"{str(e) or type(e).__name__} from {self.at}") from e
 
 
 def ask_once(at: str, path: str, body: Any = None, timeout: float = 2.0) -> tuple[int, Any]:
@@ -710,8 +718,8 @@ PROBE_EVERY = 3.0  # seconds; with two silent ones of 2 s each a dead link is no
 FRONT_PATIENCE = (10.0, 600.0)  # seconds that the proxy may not see us before a redial: at first, and at most
 MODELS_EVERY = 10.0  # seconds between looks at which models there are
 MIRROR_EVERY = 30.0  # seconds
-COUNTS_EVERY = 5.0  # seconds between writes of a state in which only counters changed
 WORDS_KEPT = 80  # lines of ssh's stderr; a failed dial at -v writes about 60
+LONGEST_WORD = 1 << 20  # bytes of such a line; a banner has at most 64 KiB, each of four characters
 LEASH = ('exec 3<&0; "$@" </dev/null 3<&- & ssh=$!; (cat <&3; kill $ssh) >/dev/null 2>&1 & leash=$!; '
          "wait $ssh; code=$?; kill $leash 2>/dev/null; exit $code")  # ends ssh when our end of its stdin closes
 
@@ -780,7 +788,7 @@ class Tunnel:
         self.peer = self.dialled_from = ""  # addresses of the VPS, and of this machine towards it
         self.up_at: float | None = None  # by the clock; None: down
         self.round_trip: float | None = None  # seconds
-        self.saved: tuple[dict[str, Any], str, float] = ({}, "", 0.0)  # state, text and time of the last write
+        self.saved = ""  # what state.json holds
         self.state: dict[str, Any] = {  # what status shows; round trip and the guard's counters are added when written
             "version": VERSION, "pid": os.getpid(), "name": s.name, "destination": s.destination, "remote": s.remote,
             "started_at": time.time(), "up_since": None, "front": None, "sshd": "", "dials": 0, "redials": 0,
@@ -801,7 +809,7 @@ class Tunnel:
         self.guard.server.close()
         self.guard.drop(lambda c: True)
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._save(force=True)
+        self._save()
         for task in done:
             task.result()  # a loop that ended by itself ended by a fault of ours: show it
         return 0
@@ -840,7 +848,7 @@ class Tunnel:
                   "known_hosts": self.home / "known_hosts"}
         command, how = leashed(ssh_command(s, self.home, self.guard.port, front), sys.platform)
         try:
-            how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, **how}
+            how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "limit": LONGEST_WORD, **how}
             ssh = await asyncio.create_subprocess_exec(*command, **how)
         except OSError as e:
             return judge(0, f"cannot start ssh: {e.strerror}", places)
@@ -861,29 +869,23 @@ class Tunnel:
 
     async def _listen(self, ssh: asyncio.subprocess.Process, words: deque[str], front: str) -> None:
         """Read what ssh says until it ends; notice what the rest of us needs to know."""
-        rest, some = b"", b" "
-        while some:
-            some = await ssh.stderr.read(4096)
-            *lines, rest = (rest + some)[-65536:].split(b"\n")
-            for line in (raw.decode("utf-8", "replace").rstrip("\r") for raw in lines):
-                words.append(line)
-                self._notice(line, front)
-
-    def _notice(self, line: str, front: str) -> None:
-        connecting = re.match(r"debug1: Connecting to \S+ \[(.+)\] port", line)
-        if connecting:
-            self.peer, self.dialled_from = connecting[1], local_address(connecting[1])
-        elif line.startswith("debug1: Remote protocol version"):
-            self.state["sshd"] = "".join(c for c in line.rpartition("version ")[2][:60] if c.isprintable())
-        elif line.startswith("debug1: remote forward success"):
-            self.up_at = self.clock()
-            self.state.update(up_since=time.time(), front=front, redials=self.state["dials"] - 1)
-            text = f"up: {self.state['model']} serves at {self.settings.remote} of {self.settings.destination}"
-            log.info(text)
-            notify(f"READY=1\nSTATUS={text}")
-        elif "open failed: administratively prohibited" in line and self.state["front"]:
-            self.state["front"] = None
-            log.warning("the VPS refuses the way to its %s: no probe and no mirror on this link", self.settings.front)
+        async for raw in ssh.stderr:
+            line = raw.decode("utf-8", "replace").rstrip()
+            words.append(line)
+            connecting = re.match(r"debug1: Connecting to \S+ \[(.+)\] port", line)
+            if connecting:
+                self.peer, self.dialled_from = connecting[1], local_address(connecting[1])
+            elif line.startswith("debug1: Remote protocol version"):
+                self.state["sshd"] = "".join(c for c in line.rpartition("version ")[2][:60] if c.isprintable())
+            elif line.startswith("debug1: remote forward success"):
+                self.up_at = self.clock()
+                self.state.update(up_since=time.time(), front=front, redials=self.state["dials"] - 1)
+                text = f"up: {self.state['model']} serves at {self.settings.remote} of {self.settings.destination}"
+                log.info(text)
+                notify(f"READY=1\nSTATUS={text}")
+            elif "open failed: administratively prohibited" in line and self.state["front"]:
+                self.state["front"] = None
+                log.warning("the VPS refuses the way to its %s: no probe and no mirror here", self.settings.front)
 
     def _tell(self, failure: Failure, was_up: bool) -> None:
         """Say a change once: a link that ended, or another kind of failure."""
@@ -914,14 +916,14 @@ class Tunnel:
             self._save()
             notify("WATCHDOG=1")
 
-    def _save(self, force: bool = False) -> None:
-        """Write the state when it changed; counters alone at most every COUNTS_EVERY."""
-        guard, (state, written, at) = self.guard, self.saved
-        counts = {"requests": guard.requests, "refused": guard.refused, "bytes": guard.bytes}
+    def _save(self) -> None:
+        """Write the state when it changed."""
+        counts = {"requests": self.guard.requests, "refused": self.guard.refused, "bytes": self.guard.bytes}
         text = json.dumps({**self.state, "round_trip": self.round_trip, **counts}, indent=1)
-        if force or state != self.state or (written != text and self.clock() - at >= COUNTS_EVERY):
-            write_atomically(self.home / "state.json", text)
-            self.saved = (dict(self.state), text, self.clock())
+        if text != self.saved:
+            with contextlib.suppress(OSError):  # the disk is full, or on Windows a reader has it open
+                write_atomically(self.home / "state.json", text)
+                self.saved = text
 
     async def _look_at_models(self) -> None:
         """Choose the model anew if the one chosen is gone, or none was."""
@@ -1155,20 +1157,14 @@ TASK = """\
 """
 
 
-@dataclass(frozen=True)
-class Service:
-    """What makes the tunnel start with this machine: one file, the commands around it, and when it runs, in words.
-
-    lasting: what it needs and may be here already: a command that succeeds if it is, that makes it, that takes it away.
-    """
+class Service(NamedTuple):
+    """What makes the tunnel start with this machine: one file, and the commands around it."""
 
     path: Path
     text: str
     enable: Sequence[Sequence[str]]
     disable: Sequence[Sequence[str]]
-    when: str
-    lasting: tuple[Sequence[str], Sequence[str], Sequence[str]] | None = None
-    forget: Sequence[Sequence[str]] = ()  # after the file is gone
+    lasting: Sequence[Sequence[str]] = ((), (), ())  # succeeds if what the service needs is here; makes it; removes it
 
 
 def unit_word(text: str) -> str:
@@ -1177,8 +1173,10 @@ def unit_word(text: str) -> str:
 
 
 def service(system: str, admin: bool, python: str, script: Path, home: Path, user: str, user_home: Path) -> Service:
-    """Return the service for linux, darwin or win32; pure, so that each can be tested on any."""
-    when = "when this machine starts" if admin or system == "linux" else "when you log in (as administrator: at start)"
+    """Return the service for linux, darwin or win32; pure, so that each can be tested on any.
+
+    It runs from the machine's start; that of a user who is no administrator, on macOS and Windows, from his login.
+    """
     argv = [python, str(script), "run", "--log-file", str(home / "tunnel.log")]
     if system == "win32":
         name, path = ("/TN", "scatter"), home / "task.xml"
@@ -1187,31 +1185,30 @@ def service(system: str, admin: bool, python: str, script: Path, home: Path, use
         task = TASK.format(trigger=trigger, logon=logon, user=escape(user), python=escape(python),
                            arguments=escape(subprocess.list2cmdline(argv[1:])))
         enable = (("schtasks", "/Create", "/F", *name, "/XML", str(path)), ("schtasks", "/Run", *name))
-        return Service(path, task, enable, (("schtasks", "/End", *name), ("schtasks", "/Delete", "/F", *name)), when)
+        return Service(path, task, enable, (("schtasks", "/End", *name), ("schtasks", "/Delete", "/F", *name)))
     if system == "darwin":
         folder = Path("/Library/LaunchDaemons") if admin else user_home / "Library/LaunchAgents"
-        path = folder / "scatter.tunnel.plist"
+        path, domain = folder / "scatter.tunnel.plist", "system" if admin else f"gui/{os.getuid()}"
         keys = {"Label": "scatter.tunnel", "RunAtLoad": True, "KeepAlive": True, "ThrottleInterval": 5,
                 "ProgramArguments": argv, "EnvironmentVariables": {"SCATTER_HOME": str(home)}}
-        domain = "system" if admin else f"gui/{os.getuid()}"
         return Service(path, plistlib.dumps(keys).decode(), (("launchctl", "bootstrap", domain, str(path)),),
-                       (("launchctl", "bootout", f"{domain}/scatter.tunnel"),), when)
+                       (("launchctl", "bootout", f"{domain}/scatter.tunnel"),))
     unit = UNIT.format(command=" ".join(unit_word(w) for w in argv[:3]), environment=unit_word(f"SCATTER_HOME={home}"),
                        sandbox="\n".join((SYSTEM_SANDBOX if admin else SANDBOX).split()),
                        target="multi-user.target" if admin else "default.target")
     path = (Path("/etc/systemd/system") if admin else user_home / ".config/systemd/user") / "scatter-tunnel.service"
     account = ("useradd", "--system", "--user-group", "--home-dir", str(home), "--shell", "/usr/sbin/nologin", ACCOUNT)
-    lasting = ((("test", "-e", f"/var/lib/systemd/linger/{user}"), ("loginctl", "enable-linger", user),
-                ("loginctl", "disable-linger", user)) if not admin else
-               (("getent", "passwd", ACCOUNT), account, ("userdel", ACCOUNT)))
+    lasting = (("getent", "passwd", ACCOUNT), account, ("userdel", ACCOUNT)) if admin else (
+        ("test", "-e", f"/var/lib/systemd/linger/{user}"), ("loginctl", "enable-linger", user),
+        ("loginctl", "disable-linger", user))  # without it the user's services end with his last session
     systemctl = ("systemctl",) if admin else ("systemctl", "--user")
-    reload = (*systemctl, "daemon-reload")
-    enable = (reload, (*systemctl, "enable", path.name), (*systemctl, "restart", "--no-block", path.name))
-    return Service(path, unit, enable, ((*systemctl, "disable", "--now", path.name),), when, lasting, (reload,))
+    enable = ((*systemctl, "daemon-reload"), (*systemctl, "enable", path.name),
+              (*systemctl, "restart", "--no-block", path.name))
+    return Service(path, unit, enable, ((*systemctl, "disable", "--now", path.name),), lasting)
 
 
-def this_service(home: Path) -> tuple[Service, Path]:
-    """Return this machine's service, and the stable place of its copy of this script."""
+def this_service(home: Path) -> tuple[Service, list[Path]]:
+    """Return this machine's service, and the stable places of its copies of the bundle's files."""
     place = home
     if WINDOWS:
         import ctypes
@@ -1219,83 +1216,75 @@ def this_service(home: Path) -> tuple[Service, Path]:
     else:
         admin = os.geteuid() == 0
         place = Path("/usr/local/lib/scatter") if admin else home
-    script = place / "tunnel.py"
-    return service(sys.platform, admin, sys.executable, script, home, getpass.getuser(), Path.home()), script
+    made = service(sys.platform, admin, sys.executable, place / "tunnel.py", home, getpass.getuser(), Path.home())
+    return made, [place / name for name in BUNDLE]
 
 
-def run_commands(commands: Sequence[Sequence[str]], dry_run: bool, cure: str = "") -> None:
-    """Run each and print it; raise Fatal with the cure, if there is one, for one that fails."""
+def run_commands(commands: Sequence[Sequence[str]], dry_run: bool, needed: bool = True) -> None:
+    """Print and run each; raise Fatal for one that fails though it is needed."""
     runtime = {} if WINDOWS else {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # `su` and cron leave it out
     for command in commands:
         print(shlex.join(command))
         if not dry_run:
             done = subprocess.run(command, capture_output=True, text=True, env={**runtime, **os.environ}, check=False)
-            if done.returncode and cure:
+            if done.returncode and needed:
+                cure = "mend that or run it by sudo, then run this again"
                 raise Fatal(f"{shlex.join(command)}: {done.stderr.strip()[:300]}; {cure}")
 
 
-def put(path: Path, text: str, mode: int = 0o600, encoding: str = "utf-8", dry_run: bool = False) -> bool:
+def put(path: Path, text: str, dry_run: bool) -> bool:
     """Make the file hold the text, and say what was done; return whether it did not before."""
-    same = path.exists() and path.read_text(encoding) == text
+    same = path.exists() and path.read_text(encoding_of(path)) == text
     print(f"unchanged: {path}" if same else f"would write: {path}" if dry_run else f"wrote: {path}")
     if not same and not dry_run:
-        write_atomically(path, text, encoding, mode)
+        write_atomically(path, text)
     return not same
 
 
 def install(home: Path, flags: dict[str, Any]) -> int:
-    """Keep the flags as settings, copy this script and what lies beside it, start the service if it is not as it must.
-
-    A second run changes nothing.
-    """
-    settings, dry_run, (made, script) = parse_settings(home, flags), flags["dry_run"], this_service(home)
+    """Keep the flags as settings, copy this script and what lies beside it, start the service unless it is up."""
+    settings, dry_run, (made, copies) = parse_settings(home, flags), flags["dry_run"], this_service(home)
     given = {f.name: getattr(settings, f.name) for f in fields(Settings) if flags.get(f.name) is not None}
-    files = [(home / "tunnel.json", json.dumps({**read_json(home / "tunnel.json"), **given}, indent=1) + "\n"),
-             (made.path, made.text), *((script.with_name(p.name), p.read_text("utf-8")) for p in bundle_files())]
-    # one that waits out a failure, which setup may have mended, shall dial now
-    changed = dry_run or not (is_running(home) and read_json(home / "state.json").get("up_since"))
-    for path, text in files:
-        encoding = "utf-16" if path.suffix == ".xml" else "utf-8"  # schtasks believes the first line
-        changed |= put(path, text, 0o600 if path.parent == home else 0o644, encoding, dry_run)
-        if dry_run and path in (home / "tunnel.json", made.path):
-            print(text)
-    if not dry_run:
-        public_key(completed(settings, home).identity)
-    if changed:
-        cure = "mend that or run it by sudo, then run this again"
-        started = read_json(home / "state.json").get("started_at")
-        if made.lasting and subprocess.run(made.lasting[0], capture_output=True, check=False).returncode:
-            run_commands(made.lasting[1:2], dry_run, cure)
+    files = {home / "tunnel.json": json.dumps({**read_json(home / "tunnel.json"), **given}, indent=1) + "\n",
+             made.path: made.text}
+    if dry_run:
+        print(*files.values(), sep="\n")
+    else:
+        completed(settings, home)  # makes the key
+    own = Path(__file__).absolute()
+    files.update((c, own.with_name(c.name).read_text("utf-8")) for c in copies if own.with_name(c.name).exists())
+    changed = [put(path, text, dry_run) for path, text in files.items()]
+    state = read_json(home / "state.json")
+    if any(changed) or not state.get("up_since") or not is_running(home):  # what setup has mended is dialled now
+        if made.lasting[0] and subprocess.run(made.lasting[0], capture_output=True, check=False).returncode:
+            run_commands(made.lasting[1:2], dry_run)
             if not dry_run:
                 (home / "lasting").touch()  # ours to take away again
-        run_commands(made.disable if sys.platform != "linux" else (), dry_run)  # the others do not replace what runs
-        run_commands(made.enable, dry_run, cure)
+        if sys.platform != "linux":
+            run_commands(made.disable, dry_run, needed=False)  # launchd and the scheduler do not replace what runs
+        run_commands(made.enable, dry_run)
         deadline = time.monotonic() + 20.0  # seconds; it starts within 2, and may have to wait for an older one's end
-        while not dry_run and read_json(home / "state.json").get("started_at") == started:
+        while not dry_run and read_json(home / "state.json").get("started_at") == state.get("started_at"):
             if time.monotonic() > deadline:
                 raise Fatal(f"the service does not start: see its log, and end a `tunnel.py run` that holds {home}")
             time.sleep(0.1)
-    print(f"the tunnel runs {made.when}; see: tunnel.py status")
+    print("the tunnel starts with this machine, or with your login; see: tunnel.py status")
     return 0
 
 
 def uninstall(home: Path, flags: dict[str, Any]) -> int:
     """Stop and remove the service; the folder with key, settings and the copy of the log stays."""
-    dry_run, (made, script) = flags["dry_run"], this_service(home)
-    run_commands(made.disable, dry_run)
-    for path in (made.path, *(script.with_name(name) for name in BUNDLE)):
-        if path.exists():
-            print(f"remove {path}")
-            if not dry_run:
-                path.unlink()
-    run_commands(made.forget, dry_run)
-    if made.lasting and (home / "lasting").exists():
-        run_commands(made.lasting[2:], dry_run)
+    dry_run, (made, copies) = flags["dry_run"], this_service(home)
+    run_commands(made.disable, dry_run, needed=False)
+    if (home / "lasting").exists():
+        run_commands(made.lasting[2:], dry_run, needed=False)
+    for path in [p for p in (made.path, *copies, home / "lasting") if p.exists()]:
+        print(f"remove {path}")
         if not dry_run:
-            (home / "lasting").unlink()
-    if not dry_run and script.parent != home:
+            path.unlink()
+    if not dry_run and copies[0].parent != home:
         with contextlib.suppress(OSError):
-            script.parent.rmdir()
+            copies[0].parent.rmdir()
         for path in (home, *home.rglob("*")):
             os.chown(path, 0, 0, follow_symlinks=False)  # the account is gone, and another may get its number
     print(f"kept: {home} (key, settings, copy of the log)")
@@ -1390,20 +1379,14 @@ def link_hops(s: Settings, home: Path) -> Iterator[str]:
 def url_hops(url: str) -> Iterator[str]:
     """Ask the website from outside."""
     at, nginx = urlsplit(url), "see on the VPS: nginx -t, and /var/log/nginx/error.log"
-    host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
-    yield f"DNS: {host} is {hop('DNS', f'make a record for {host}', lambda: socket.getaddrinfo(host, port)[0][4][0])}"
-    kind = http.client.HTTPSConnection if at.scheme == "https" else http.client.HTTPConnection
-    line, certbot = kind(host, port, timeout=320.0), f"on the VPS: certbot --nginx -d {host}"
-    hop("TLS", f"see that nginx listens there; {certbot}", line.connect)
+    certbot, path = f"on the VPS: certbot --nginx -d {at.hostname}", at.path.rstrip("/") + "/api/ai-transform"
+    address = hop("DNS", f"make a record for {at.hostname}", lambda: socket.getaddrinfo(at.hostname, 0)[0][4][0])
+    yield f"DNS: {at.hostname} is {address}"
+    hop("TLS", f"see that nginx listens there; {certbot}", Line(url, 5.0).connect)
     yield "TLS: the certificate is good" if at.scheme == "https" else f"TLS: none, prompts travel open; {certbot}"
-
-    def call(path: str, body: Any = None) -> tuple[int, Any]:
-        line.request("POST" if body else "GET", at.path.rstrip("/") + "/api/ai-transform" + path,
-                     json.dumps(body) if body else None, {"Content-Type": "application/json"})
-        answer = line.getresponse()
-        return answer.status, json.loads(answer.read(1 << 20))
-    yield f"nginx: {hop('nginx', nginx, lambda: said_ok(call('/health'))['status'])}"
-    yield "document from outside: " + hop("document from outside", nginx, lambda: task_of(call("", ASK)))
+    yield f"nginx: {hop('nginx', nginx, lambda: said_ok(ask_once(url, path + '/health'))['status'])}"
+    outside = "document from outside"
+    yield f"{outside}: {hop(outside, nginx, lambda: task_of(ask_once(url, path, ASK, 320.0)))}"
 
 
 def check(home: Path, flags: dict[str, Any]) -> int:
@@ -1440,11 +1423,6 @@ RECEIVE = ('umask 077; at=$(mktemp -d /tmp/scatter.XXXXXX) && tar -xzmf - -C "$a
            "cat /etc/ssh/ssh_host_*_key.pub")
 
 
-def bundle_files() -> list[Path]:
-    """Return what lies beside this script of the three files and of the proxy's settings."""
-    return [p for p in map(Path(__file__).absolute().with_name, BUNDLE) if p.exists()]
-
-
 def bundle(files: Sequence[Path]) -> bytes:
     """Return the files as a compressed tar, with the ends of lines that a shell reads."""
     packed = io.BytesIO()
@@ -1472,10 +1450,10 @@ def install_there(at: str, is_root: bool, words: Sequence[str]) -> str:
 
 def public_url(domain: str) -> str:
     """Return the website's address with the best scheme that answers; empty where the domain leads nowhere yet."""
-    for scheme, kind in (("https", http.client.HTTPSConnection), ("http", http.client.HTTPConnection)):
-        with contextlib.suppress(OSError), contextlib.closing(kind(domain, timeout=5.0)) as line:
+    for url in (f"https://{domain}", f"http://{domain}"):
+        with contextlib.suppress(OSError), contextlib.closing(Line(url, 5.0)) as line:
             line.connect()
-            return f"{scheme}://{domain}"
+            return url
     return ""
 
 
@@ -1490,9 +1468,10 @@ def setup(home: Path, flags: dict[str, Any]) -> int:
     host, at_port = (re.search(rf"(?m)^{word} (.+)$", said.stdout)[1] for word in ("hostname", "port"))
     flags = {**flags, "destination": "scatter-tunnel@" + host, "ssh_port": at_port}
     settings = completed(parse_settings(home, flags), home)
-    files = bundle_files()
-    if len(files) < len(BUNDLE):
-        raise Fatal(f"{Path(__file__).absolute().parent}: lacks one of {', '.join(BUNDLE)}; keep them in one folder")
+    files = [Path(__file__).absolute().with_name(name) for name in BUNDLE]
+    for path in files:
+        if not path.exists():
+            raise Fatal(f"{path} is not there; keep {', '.join(BUNDLE)} in one folder")
     files += [home / "scatter.env"] if (home / "scatter.env").exists() else []
     words = ["--domain", domain, "--authorize", " ".join((*public_key(settings.identity), settings.name))]
     words += ["--site", flags["site"]] if flags["site"] else []
@@ -1519,7 +1498,7 @@ def setup(home: Path, flags: dict[str, Any]) -> int:
         raise Fatal(f"install.sh on {admin}: status {status}; mend what it says above, then run setup again")
     known = home / "known_hosts"
     text = known.read_text("utf-8") if known.exists() else ""
-    put(known, pinned(text, host, int(at_port), keys), dry_run=dry_run)
+    put(known, pinned(text, host, int(at_port), keys), dry_run)
     install(home, flags)
     if dry_run:
         return 0
@@ -1578,20 +1557,16 @@ def status_lines(state: dict[str, Any]) -> list[str]:
     """Return the state as lines for a person."""
     if "dials" not in state:
         return ["no tunnel has run from here yet; start one: tunnel.py run USER@VPS, or tunnel.py install"]
+    error, copy, until = state["last_error"], state["mirror"], state["paused_until"]
+    known = {**state, **(error or {}), **(copy or {}), "server": state["model_server"] or "no model server answers"}
+    known["trip"] = f"{state['round_trip'] * 1000:.0f} ms" if state["round_trip"] else "not measured"
     word = f"up since {clock_time(state['up_since'])}" if state["up"] else "down" if state["running"] else "not running"
-    trip = f"{state['round_trip'] * 1000:.0f} ms" if state["round_trip"] else "not measured"
-    lines = ["{name} serves at {remote} of {destination}", "model {model}, {server}. {model_note}",
+    lines = [word + ": {name} serves at {remote} of {destination}", "model {model}, {server}. {model_note}",
              "redials {redials}, round trip {trip}, requests {requests}, refused {refused}, bytes {bytes}"]
-    known = {**state, "trip": trip, "server": state["model_server"] or "no model server answers"}
-    lines = [word + ": " + lines[0].format(**known), *(line.format(**known) for line in lines[1:])]
-    if state["last_error"]:
-        at = clock_time(state["last_error"]["at"])
-        lines.append(f"last error, {at}: " + "{kind}: {seen}; {cure}".format(**state["last_error"]))
-    if state["paused_until"]:
-        lines.append(f"paused until {clock_time(state['paused_until'])}")
-    if state["mirror"]:
-        lines.append("the VPS's log is in {file}, {position} bytes".format(**state["mirror"]))
-    return lines
+    lines += [f"last error, {clock_time(error['at'])}: {{kind}}: {{seen}}; {{cure}}"] if error else []
+    lines += [f"paused until {clock_time(until)}"] if until else []
+    lines += ["the VPS's log is in {file}, {position} bytes"] if copy else []
+    return [line.format(**known) for line in lines]
 
 
 # --- command line ------------------------------------------------------------
