@@ -64,15 +64,10 @@ PORT = r"(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]
 
 
 class Fatal(Exception):
-    """One line for a person: what was seen, with the value, and what to do. Ends the command with its status."""
+    """One line for a person: what was seen, with the value, and what to do. Ends the command with status 1, or with 2.
 
-    status = 1
-
-
-class BadSetting(Fatal):
-    """A setting that cannot work."""
-
-    status = 2
+    2, as second argument: for a setting that cannot work.
+    """
 
 
 def option(default: Any, pattern: str, help: str) -> Any:
@@ -121,35 +116,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return {}
 
 
-def encoding_of(path: Path) -> str:
-    return "utf-16" if path.suffix == ".xml" else "utf-8"  # schtasks believes the first line
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put text in place of the file in one step, so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding_of(path))
-    beside.chmod(0o644)  # the service's account may be another; what is private lies in our folder, which is closed
-    if not WINDOWS and os.geteuid() == 0:  # root may pause a service that runs as another account
-        os.chown(beside, path.parent.stat().st_uid, path.parent.stat().st_gid)
-    beside.replace(path)
+def write_atomically(path: Path, text: str, dry_run: bool = False) -> bool:
+    """Put text in place of the file in one step, so that no reader ever sees half of it; return whether it differed."""
+    content = text.encode("utf-16" if path.suffix == ".xml" else "utf-8")  # schtasks believes the first line
+    if path.exists() and path.read_bytes() == content:
+        return False
+    if not dry_run:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".new")
+        beside.write_bytes(content)
+        beside.chmod(0o644)  # the service's account may be another; what is private lies in our folder, which is closed
+        if not WINDOWS and os.geteuid() == 0:  # root may pause a service that runs as another account
+            os.chown(beside, path.parent.stat().st_uid, path.parent.stat().st_gid)
+        beside.replace(path)
+    return True
 
 
 def parse_settings(home: Path, flags: dict[str, Any]) -> Settings:
-    """Return the settings of flags over tunnel.json over defaults; raise BadSetting for one that cannot work."""
+    """Return the settings of flags over tunnel.json over defaults; raise Fatal for one that cannot work."""
     path, values = home / "tunnel.json", {}
     saved = read_json(path)
     if path.exists() and not saved:
-        raise BadSetting(f"{path}: not a JSON object; mend it or remove it")
+        raise Fatal(f"{path}: not a JSON object; mend it or remove it", 2)
     if "destination" in flags and not (flags["destination"] or saved.get("destination")):
-        raise BadSetting(f"no VPS given: say tunnel.py {flags['command']} USER@VPS")
+        raise Fatal(f"no VPS given: say tunnel.py {flags['command']} USER@VPS", 2)
     for f in fields(Settings):
         flag, value = flags.get(f.name), saved.get(f.name, f.default)
         where = f"{path}: {f.name}" if flag is None else "--" + f.name.replace("_", "-")
         value = value if flag is None else flag
         if value != f.default and not re.fullmatch(f.metadata["pattern"], str(value)):
-            raise BadSetting(f"{where}: {str(value)[:80]!r} does not fit; it is {f.metadata['help']}")
+            raise Fatal(f"{where}: {str(value)[:80]!r} does not fit; it is {f.metadata['help']}", 2)
         values[f.name] = type(f.default)(value)
     return Settings(**values)
 
@@ -251,8 +247,7 @@ BUSY_WAIT = 2.0  # seconds
 STEADY_AFTER = 30.0  # seconds up, after which an end is a new failure and not the next of the last
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """Why a tunnel ended: its kind, what was seen, what mends it, and the pace of the next tries: soon, slow, busy."""
 
     kind: str
@@ -788,7 +783,6 @@ class Tunnel:
         self.peer = self.dialled_from = ""  # addresses of the VPS, and of this machine towards it
         self.up_at: float | None = None  # by the clock; None: down
         self.round_trip: float | None = None  # seconds
-        self.saved = ""  # what state.json holds
         self.state: dict[str, Any] = {  # what status shows; round trip and the guard's counters are added when written
             "version": VERSION, "pid": os.getpid(), "name": s.name, "destination": s.destination, "remote": s.remote,
             "started_at": time.time(), "up_since": None, "front": None, "sshd": "", "dials": 0, "redials": 0,
@@ -892,7 +886,7 @@ class Tunnel:
         last = self.state["last_error"]
         if was_up or not last or last["kind"] != failure.kind:
             log.warning("%s: %s; %s", failure.kind, failure.seen, failure.cure)
-        self.state["last_error"] = {"at": time.time(), "kind": failure.kind, "seen": failure.seen, "cure": failure.cure}
+        self.state["last_error"] = {"at": time.time(), **failure._asdict()}
         notify(f"STATUS=down: {failure.seen}; {failure.cure}")
 
     async def _ticks(self) -> None:
@@ -920,10 +914,8 @@ class Tunnel:
         """Write the state when it changed."""
         counts = {"requests": self.guard.requests, "refused": self.guard.refused, "bytes": self.guard.bytes}
         text = json.dumps({**self.state, "round_trip": self.round_trip, **counts}, indent=1)
-        if text != self.saved:
-            with contextlib.suppress(OSError):  # the disk is full, or on Windows a reader has it open
-                write_atomically(self.home / "state.json", text)
-                self.saved = text
+        with contextlib.suppress(OSError):  # the disk is full, or on Windows a reader has it open
+            write_atomically(self.home / "state.json", text)
 
     async def _look_at_models(self) -> None:
         """Choose the model anew if the one chosen is gone, or none was."""
@@ -1070,7 +1062,7 @@ def pause(home: Path, flags: dict[str, Any]) -> int:
     """Tell callers `paused`, end running generations, unload the model."""
     settings, duration = parse_settings(home, flags), flags["duration"]
     if not re.fullmatch(r"([1-9]\d{0,5}[smhd])?", duration):
-        raise BadSetting(f"pause: {duration!r} is no time; write 90s, 30m, 2h, 1d, or nothing to pause until a resume")
+        raise Fatal(f"pause: {duration!r} is no time; write 90s, 30m, 2h, 1d, or nothing: until a resume", 2)
     until = time.time() + int(duration[:-1]) * UNITS[duration[-1]] if duration else FOR_EVER
     write_atomically(home / "pause.json", json.dumps({"until": until}))
     print("paused until " + clock_time(until))
@@ -1234,11 +1226,9 @@ def run_commands(commands: Sequence[Sequence[str]], dry_run: bool, needed: bool 
 
 def put(path: Path, text: str, dry_run: bool) -> bool:
     """Make the file hold the text, and say what was done; return whether it did not before."""
-    same = path.exists() and path.read_text(encoding_of(path)) == text
-    print(f"unchanged: {path}" if same else f"would write: {path}" if dry_run else f"wrote: {path}")
-    if not same and not dry_run:
-        write_atomically(path, text)
-    return not same
+    differed = write_atomically(path, text, dry_run)
+    print("unchanged" if not differed else "would write" if dry_run else "wrote", path, sep=": ")
+    return differed
 
 
 def install(home: Path, flags: dict[str, Any]) -> int:
@@ -1613,8 +1603,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.do(home_folder(), vars(args))
     except Fatal as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.status
+        print(f"error: {e.args[0]}", file=sys.stderr)
+        return e.args[1] if e.args[1:] else 1
 
 
 if __name__ == "__main__":
