@@ -9,6 +9,7 @@
 #     "pytest>=8",
 #     "ruff>=0.6",
 #     "sinc-prompt==1.0.0",
+#     "vermin>=1.6",
 # ]
 # ///
 """All tests of scatter, in the order of the programs, and the bench.
@@ -30,6 +31,7 @@ import ctypes
 import fcntl
 import gzip
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -54,6 +56,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -1814,29 +1817,29 @@ def test_tunnel_probe_verdicts() -> None:
 
 
 def test_tunnel_needs_the_standard_library_of_39_alone() -> None:
-    tree = ast.parse(Path(tunnel.__file__).read_text(), feature_version=(3, 9))
+    vermin = finished([sys.executable, "-c", "import vermin; vermin.main()", "--target=3.9-", tunnel.__file__])
+    assert vermin.returncode == 0, vermin.stdout
+    tree = ast.parse(Path(tunnel.__file__).read_text())
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert {n.split(".")[0] for n in names} <= sys.stdlib_module_names
 
 
-def test_tunnel_sleep_or_new_address_redials_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def watch(jump: float, address: str) -> str:
-        jumped = 0.0
-        t = tunnel.Tunnel(tunnel_settings(tmp_path), tmp_path, lambda: time.monotonic() + jumped)
-        t.peer = t.dialled_from = "127.0.0.1"
-        monkeypatch.setattr(tunnel, "local_address", lambda peer: "127.0.0.1")
+@pytest.mark.parametrize(("jump", "address", "why"), [(60.0, "::1", "slept for 60"), (0.0, "::2", "from ::1 to ::2")])
+def test_tunnel_sleep_or_new_address_redials_at_once(
+    jump: float, address: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def watch() -> str:
+        clock = iter([0.0, *[jump] * 9999])
+        t = tunnel.Tunnel(tunnel_settings(tmp_path), tmp_path, lambda: next(clock))
+        t.peer = t.dialled_from = "::1"
         tick = asyncio.ensure_future(t._ticks())
-        await asyncio.sleep(0.05)
-        assert not t.reason
-        jumped = jump
-        monkeypatch.setattr(tunnel, "local_address", lambda peer: address)
         await asyncio.wait_for(t.hurry.wait(), 1)
         tick.cancel()
         return t.reason
     monkeypatch.setattr(tunnel, "TICK", 0.01)
-    assert "slept for 60" in asyncio.run(watch(60.0, "127.0.0.1"))
-    assert "from 127.0.0.1 to 10.0.0.9" in asyncio.run(watch(0.0, "10.0.0.9"))
+    monkeypatch.setattr(tunnel, "local_address", lambda peer: address)
+    assert why in asyncio.run(watch())
 
 
 def gone(pid: int) -> bool:
@@ -2032,8 +2035,8 @@ class Played(ThreadingHTTPServer):
     def post(self, request: BaseHTTPRequestHandler) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         self.saw.append((request.path, request.headers, body))
-        if body.get("keep_alive") == 0:
-            self.loaded.clear()
+        if body.get("keep_alive") == 0 and not body.get("prompt"):  # Ollama answers first, and unloads then
+            threading.Timer(0.3, self.loaded.remove, [body["model"]]).start()
         if not body.get("stream"):
             return self.reply(request, b'{"done":true}')
         if "die" in body["prompt"]:
@@ -2073,6 +2076,7 @@ def guard() -> Iterator[tunnel.Guard]:
         held.model = server
         threading.Thread(target=loop.run_forever, daemon=True).start()
         asyncio.run_coroutine_threadsafe(held.start(), loop).result(5)
+        held.at = f"127.0.0.1:{held.port}"
         yield held
         async def stop() -> int:
             held.server.close()
@@ -2084,16 +2088,28 @@ def guard() -> Iterator[tunnel.Guard]:
     assert tasks == 1, "a connection's task outlived the guard"
 
 
+@pytest.fixture(params=["here", "real"])
+def at(guard: tunnel.Guard, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a client reaches the guard: here, and on the VPS's end of a tunnel to the same model server."""
+    if request.param == "here":
+        yield guard.at
+    else:
+        with FarHost() as far:
+            far.up("--target", guard.model.at, "--model", "my-model")
+            yield str(far.sock)
+
+
 def guard_post(body: Any, path: str = "/api/generate", method: str = "POST") -> bytes:
     """Return a lawful request as bytes."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-def guard_ask(port: int, request: bytes, end: bytes = b"(none)") -> tuple[bytes, list[float]]:
+def guard_ask(at: str, request: bytes, end: bytes = b"(none)") -> tuple[bytes, list[float]]:
     """Send bytes; return what comes until this end, a close or 2 s of silence, and the lateness of each line in s."""
-    answer, late = b"", []
-    with socket.create_connection(("127.0.0.1", port), 2) as connection, contextlib.suppress(OSError):
+    answer, late, line = b"", [], tunnel.Line(at, 2)
+    line.connect()
+    with line.sock as connection, contextlib.suppress(OSError):
         with contextlib.suppress(OSError):
             connection.sendall(request)
         while not answer.endswith(end) and (part := connection.recv(65536)):
@@ -2116,57 +2132,58 @@ MALFORMED += [LAWFUL + LAWFUL, LAWFUL + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\
 MALFORMED += [guard_post(b"hello", "/health", "GET"), b"\x16\x03\x01" + b"\0" * 40 + b"\r\n\r\n"]
 
 
-def test_guard_keeps_malformed_requests_from_the_model_server(guard: tunnel.Guard) -> None:
-    for request in MALFORMED:
-        answer, _ = guard_ask(guard.port, request)
-        assert re.match(rb"HTTP/1.1 (400|403|413|431) ", answer), (request[:80], answer[:80])
-        assert answer.count(b"Content-Length") == 1 and json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"]
-    assert guard.model.saw == [] and guard.refused == len(MALFORMED)
-
-
-SHUT_ROUTES = {
-    "GET": "/ /api/tags /api/ps /api/status /v1/models/x /slots /metrics /api/generate",
-    "HEAD": "/ /api/version /api/blobs/sha256:0",
+SHUT = {
+    "GET": "/ /api/tags /api/ps /api/status /v1/models/x /slots /metrics /api/generate /debug/pprof/",
+    "HEAD": "/ /api/version /api/tags /api/blobs/sha256:0",
     "POST": "/api/show /api/pull /api/push /api/create /api/copy /api/chat /api/embed /api/embeddings /api/signout"
     " /api/me /api/blobs/sha256:0 /api/experimental/web_search /api/experimental/web_fetch /v1/completions"
-    " /v1/embeddings /v1/responses /v1/messages /props /completion /infill /tokenize",
+    " /v1/embeddings /v1/responses /v1/messages /v1/images/generations /v1/images/edits /v1/audio/transcriptions"
+    " /props /completion /infill /tokenize",
     "DELETE": "/api/delete /api/user/keys/x", "PUT": "/api/version", "CONNECT": "x:1", "OPTIONS": "/api/generate",
 }
+SHUT_OUT = [guard_post({"model": "x"}, path, method) for method, paths in SHUT.items() for path in paths.split()]
 
 
-def test_guard_passes_the_allowed_routes_with_the_owners_limits(guard: tunnel.Guard) -> None:
-    for method, path in ((method, path) for method, paths in SHUT_ROUTES.items() for path in paths.split()):
-        answer, _ = guard_ask(guard.port, guard_post({"model": "x"}, path, method))
-        assert answer.startswith(b"HTTP/1.1 403 "), (method, path)
-    assert guard.model.saw == []
-    evil = {"model": "evil", "keep_alive": 0, "options": {"num_ctx": 10**7}, "max_tokens": 10**7}
-    with httpx.Client(base_url=f"http://127.0.0.1:{guard.port}") as client:
+def test_guard_keeps_all_else_from_the_model_server(guard: tunnel.Guard, at: str) -> None:
+    for request in MALFORMED + SHUT_OUT:
+        answer, _ = guard_ask(at, request)
+        expected = rb"HTTP/1.1 403 " if request in SHUT_OUT else rb"HTTP/1.1 (400|403|413|431) "
+        assert re.match(expected, answer), (request[:80], answer[:80])
+        assert answer.count(b"Content-Length") == 1 and json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"]
+    assert {path for path, *_ in guard.model.saw} <= {"/api/tags", "/api/ps", "/api/version"}  # the tunnel's own
+    assert at != guard.at or guard.refused == len(MALFORMED + SHUT_OUT)
+
+
+def test_guard_passes_the_allowed_routes_with_the_owners_limits(guard: tunnel.Guard, at: str) -> None:
+    evil = {"model": "evil", "keep_alive": 0, "options": {"num_ctx": 10**7}, "max_tokens": 10**7, "images": ["x"]}
+    guard.model.saw.clear()
+    with contextlib.closing(tunnel.Line(at, 5)) as line:
         for path in ("/api/version", "/health", "/props", "/v1/models"):
-            client.get(path, headers={"Origin": "http://evil", "Authorization": "x"})
+            line.request("GET", path, headers={"Origin": "http://evil", "Authorization": "x"})
+            line.getresponse().read()
         for path in ("/api/generate", "/v1/chat/completions"):
-            assert client.post(path, json=evil).content == b'{"done":true}'
-    *_, native, chat = (body for *_, body in guard.model.saw)
-    assert len(guard.model.saw) == 6 and guard.requests == 2
-    for _, headers, _ in guard.model.saw:
+            assert line.ask(path, evil)[2] == b'{"done":true}'
+    passed = [seen for seen in guard.model.saw if seen[0] not in ("/api/tags", "/api/ps")]  # the tunnel's own
+    assert len(passed) == 6
+    for _, headers, _ in passed:
         assert headers["Host"] == f"localhost:{guard.model.server_port}"
         assert not headers["Origin"] and not headers["Authorization"]
-    options = {"num_predict": 4096, "num_ctx": 8192}
-    assert native == {"model": "my-model", "options": options, "keep_alive": -1}
-    assert chat == {"model": "my-model", "max_tokens": 4096}
+    native = {"model": "my-model", "options": {"num_predict": 4096, "num_ctx": 8192}, "keep_alive": -1}
+    assert [body for *_, body in passed[4:]] == [native, {"model": "my-model", "max_tokens": 4096}]
 
 
 def test_guard_passes_streams_untouched_at_once_and_leaks_nothing(guard: tunnel.Guard) -> None:
     def held() -> tuple[int, int, int]:
         return len(guard.connections), len(os.listdir("/proc/self/fd")), threading.active_count()
     stream, end = guard_post({"prompt": "hi", "stream": True}), b"0\r\nTrailer: x\r\n\r\n"
-    direct, _ = guard_ask(guard.model.server_port, stream, end)
-    text, late = guard_ask(guard.port, stream, end)
+    direct, _ = guard_ask(guard.model.at, stream, end)
+    text, late = guard_ask(guard.at, stream, end)
     assert re.sub(rb"[\d.]{4,}", b"", text) == re.sub(rb"[\d.]{4,}", b"", direct) and b";ext=1" in text
     assert text.endswith(end) and len(late) == 5 and sorted(late)[2] < 0.02
     guard.model.pace = 0
     wait_for(lambda: held()[0] == 0, 10)
     before = held()
-    assert all(guard_ask(guard.port, stream, end)[0].endswith(end) for _ in range(200))
+    assert all(guard_ask(guard.at, stream, end)[0].endswith(end) for _ in range(200))
     wait_for(lambda: all(now <= then for now, then in zip(held(), before)), 3)
 
 
@@ -2188,7 +2205,7 @@ def test_guard_says_absent_dying_and_paused_and_the_connection_stays(guard: tunn
         status, _, text = line.ask("/api/generate", body)
         return status, json.loads(text or b"{}").get("error", {}).get("code")
     guard.model.__exit__()
-    with contextlib.closing(tunnel.Line(f"127.0.0.1:{guard.port}", 5)) as line:
+    with contextlib.closing(tunnel.Line(guard.at, 5)) as line:
         began = time.monotonic()
         assert ask(prompt="hi") == (502, "no_model_server") and time.monotonic() - began < 0.2
         connection = line.sock
@@ -2214,6 +2231,13 @@ def test_guard_ends_slow_requests_unanswered(guard: tunnel.Guard, monkeypatch: p
 
 
 # --- tunnel: mirror -----------------------------------------------------------
+
+
+def test_mirror_takes_no_bytes_for_another_file_s() -> None:
+    """The log is rotated while the proxy answers, or before it is asked again."""
+    for named, text in (('"a"', b"b's\n"), ('"a"', b"a's\n")):
+        answers = iter([(206, named, text), (206, '"b"', b"b")])
+        assert tunnel.fetch(SimpleNamespace(ask=lambda *_, **__: next(answers)), "/log", 0) == ("", b"")  # noqa: B023
 
 
 def test_mirror_is_the_whole_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2255,49 +2279,52 @@ def test_mirror_is_the_whole_history(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- tunnel: over sshd --------------------------------------------------------
 
 
+def ip(*commands: str) -> None:
+    for words in commands:
+        subprocess.run(["ip", *words.split()], check=True)
+
+
 class Space:
     """A network namespace that its with-block is in. It has no name, so it is gone when its last user is."""
 
     def __init__(self, address: str) -> None:
-        self.fds, self.libc = [os.open("/proc/thread-self/ns/net", os.O_RDONLY)], ctypes.CDLL(None)
-        if os.geteuid() or not shutil.which("ip") or self.libc.unshare(0x40000000):  # CLONE_NEWNET
-            pytest.skip("needs ip, and the right to make network namespaces")
-        self.fds.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
+        if os.geteuid() or not shutil.which("ip") or not os.path.exists("/dev/net/tun"):
+            pytest.skip("needs root, ip and TUN")
+        self.libc, self.fds = ctypes.CDLL(None), [os.open("/proc/thread-self/ns/net", os.O_RDONLY)]
+        assert self.libc.unshare(0x40000000) == 0, "CLONE_NEWNET refused"
         with self:
-            self.fds.append(os.open("/dev/net/tun", os.O_RDWR))
+            self.fds += os.open("/proc/thread-self/ns/net", os.O_RDONLY), os.open("/dev/net/tun", os.O_RDWR)
             fcntl.ioctl(self.fds[2], 0x400454CA, struct.pack("16sH22x", b"wan", 0x1001))  # TUNSETIFF: TUN, NO_PI
-            self.ip("link set lo up", "link set wan up", f"address add {address}/24 dev wan")
+            ip("link set lo up", "link set wan up", f"address add {address}/24 dev wan")
 
     def __enter__(self) -> None:
-        self.libc.setns(self.fds[1], 0)
+        self.libc.setns(self.fds[-2], 0)
 
     def __exit__(self, *_: object) -> None:
         self.libc.setns(self.fds[0], 0)
 
-    def ip(self, *commands: str) -> None:
-        with self:
-            for words in commands:
-                subprocess.run(["ip", *words.split()], check=True)
-
 
 class SlowLink(threading.Thread):
-    """Two spaces, 20 ms there and back. Cut, it loses packets, and whatever belongs to a connection that lost one."""
+    """Two spaces, 20 ms there and back. Cut, it loses packets; a connection that lost one is dead from then on."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.vps, self.home, self.cut, self.closed = Space("10.77.0.1"), Space("10.77.0.2"), False, False
+        self.vps, self.cut, self.closed, self.dialled_at = Space("10.77.0.1"), False, False, 0.0
+        with self.vps:
+            self.home = Space("10.77.0.2")  # whoever leaves it is on the VPS
         self.start()
 
     def run(self) -> None:
-        (*_, vps), (*_, home), queue, dead = self.vps.fds, self.home.fds, deque(), set()
+        tuns, queue, dead = [self.vps.fds[2], self.home.fds[2]], deque(), set()
         while not self.closed:
-            until = queue[0][0] if queue else time.monotonic() + 0.1
-            for tun in select.select([vps, home], [], [], max(0.0, until - time.monotonic()))[0]:
-                packet = os.read(tun, 2048)
+            wait = queue[0][0] - time.monotonic() if queue else 0.1
+            for tun in select.select(tuns, [], [], max(0.0, wait))[0]:
+                packet, now = os.read(tun, 2048), time.monotonic()
                 ports = frozenset((packet[20:22], packet[22:24]))
                 dead |= {ports} if self.cut else set()
                 if ports not in dead:
-                    queue.append((time.monotonic() + 0.010, vps + home - tun, packet))
+                    queue.append((now + 0.010, sum(tuns) - tun, packet))
+                    self.dialled_at = now if packet[33:34] == b"\2" else self.dialled_at  # TCP's SYN
             while queue and queue[0][0] <= time.monotonic():
                 os.write(*queue.popleft()[1:])
 
@@ -2308,10 +2335,15 @@ class SlowLink(threading.Thread):
             os.close(fd)
 
 
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    """Return its children, the youngest last."""
+    return [int(pid) for pid in finished(["pgrep", "-P", str(process.pid)]).stdout.split()]
+
+
 class FarHost(contextlib.ExitStack):
     """A VPS as install.sh leaves it (sshd, a front door), and one workstation: its folder and its model server."""
 
-    def __init__(self, rules: str = "", link: SlowLink | None = None) -> None:
+    def __init__(self, rules: str = "", at: str = "127.0.0.1", inside: Any = None) -> None:
         if not shutil.which("sshd", path="/usr/sbin"):
             pytest.skip("no sshd")
         super().__init__()
@@ -2319,12 +2351,10 @@ class FarHost(contextlib.ExitStack):
             port = unused.getsockname()[1]
         self.where = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="sc")))  # a socket's path is short
         self.home, self.sock, self.log = self.where / "h", self.where / "gpu.sock", self.where / "log"
-        self.vps, self.inside = (link.vps, link.home) if link else (contextlib.nullcontext(), contextlib.nullcontext())
-        at = "10.77.0.1" if link else "127.0.0.1"
+        self.inside = inside or contextlib.nullcontext()  # where the workstation is
         with self.inside:
             self.model = self.enter_context(Played())
-        with self.vps:
-            self.door = self.enter_context(Played())
+        self.door = self.enter_context(Played())
         self.flags = [f"{os.environ.get('USER') or 'root'}@{at}", "--ssh-port", str(port), "--name", "gpu"]
         self.flags += ["--target", self.model.at, "--front", self.door.at, "--remote", str(self.sock)]
         self.home.mkdir(mode=0o700)
@@ -2342,17 +2372,12 @@ StrictModes no\nAuthorizedKeysFile {self.where}/auth\nUsePAM {"no" if os.geteuid
     def start_sshd(self) -> None:
         (log := self.where / "sshd.log").unlink(missing_ok=True)
         command = ["/usr/sbin/sshd", "-D", "-e", "-f", self.where / "sshd"]
-        with self.vps:
-            self.sshd = self.enter_context(program(*command, log=log, ready="Server listening"))
+        self.sshd = self.enter_context(program(*command, log=log, ready="Server listening"))
         self.callback(self.end_sshd)
-
-    def sessions(self) -> list[int]:
-        """Return the processes of sshd's sessions."""
-        return [int(pid) for pid in finished(["pgrep", "-P", str(self.sshd.pid)]).stdout.split()]
 
     def end_sshd(self) -> None:
         """End sshd and its sessions, as a reboot does; one whose link is dead would stay."""
-        for pid in [*self.sessions(), self.sshd.pid] if self.sshd.poll() is None else ():
+        for pid in [*children(self.sshd), self.sshd.pid] if self.sshd.poll() is None else ():
             os.kill(pid, signal.SIGKILL)
         self.sshd.wait()
 
@@ -2375,7 +2400,7 @@ StrictModes no\nAuthorizedKeysFile {self.where}/auth\nUsePAM {"no" if os.geteuid
 
     def ssh(self, child: subprocess.Popen[bytes]) -> int:
         """Return the process of a tunnel's ssh."""
-        return int(finished(["pgrep", "-P", str(child.pid), "ssh"]).stdout.split()[0])
+        return children(child)[0]
 
     def ask(self, path: str = "/api/version", body: Any = None) -> tuple[int, Any]:
         """Ask the model server as the proxy does."""
@@ -2414,7 +2439,9 @@ def test_tunnel_comes_up_says_so_is_redialled_and_leaves_nothing_real(far: FarHo
         assert far.ask("/api/generate", {"prompt": "hi"}) == (200, {"done": True})
         assert far.model.saw[-1][2]["model"] == "sinc-scatter"
         state = soon(lambda: (s := far.state())["requests"] == 1 and s, 8)
-        assert state["up_since"] and state["redials"] >= 1 and json.loads(far.tell("status", "--json").stdout)["up"]
+        told = json.loads(far.tell("status", "--json").stdout)
+        assert told["up"] and told["up_since"] == state["up_since"] and told["redials"] >= 1 and told["bytes"] > 0
+        assert told.keys() > {"last_error", "round_trip", "refused", "model", "mirror", "paused_until", "running"}
         assert "gpu serves at" in far.tell("status").stdout
         ssh = far.ssh(child)
         child.terminate()
@@ -2427,62 +2454,55 @@ def test_tunnel_comes_up_says_so_is_redialled_and_leaves_nothing_real(far: FarHo
 
 def test_tunnel_over_a_slow_link_that_is_cut_real() -> None:
     """Deadlines are the contract's; of each of 1 s the best of several counts, since ssh's own work is most of it."""
-    def within(seconds: float, what: str, began: float, seen: Callable[[], Any]) -> None:
+    def within(seconds: float, what: str, seen: Callable[[], Any], began: float) -> None:
         soon(seen, began + seconds - time.monotonic())
         print(f"{what}: {time.monotonic() - began:.2f} s of {seconds}")
 
-    def health() -> str:
-        with far.vps:
-            return front.health()["status"]
-
-    def ask() -> int:
-        with far.vps:
-            return front.post("!pace=1").status_code
+    def is_said(word: str) -> bool:
+        return front.health()["status"] == word
 
     def killed() -> None:
         os.kill(far.ssh(child), signal.SIGKILL)
         began = time.monotonic()
         soon(far.serves)
         kills.append(time.monotonic() - began)
-        soon(lambda: health() == "ok")
+        soon(lambda: is_said("ok"))
 
     def redialled(seconds: float) -> None:
-        """Wait for a new dial to get through; note how long it took, and leave the link in use."""
-        def dialled() -> float:
-            ticks = int(Path(f"/proc/{far.ssh(child)}/stat").read_text().split()[21])
-            return max(0.0, ticks / os.sysconf("SC_CLK_TCK") - began + 0.01)
-        began, place = time.clock_gettime(time.CLOCK_BOOTTIME), far.sock.stat().st_ctime_ns
-        within(seconds, "redialled", time.monotonic(), dialled)
-        soon(lambda: far.sock.stat().st_ctime_ns != place and far.serves(), 20)
-        dials.append(time.clock_gettime(time.CLOCK_BOOTTIME) - began - dialled())
-        soon(lambda: health() == "ok")
+        began, place = time.monotonic(), far.sock.stat().st_ctime_ns
+        within(seconds, "redialled", lambda: link.dialled_at > began, began)
+        soon(lambda: far.sock.stat().st_ctime_ns != place and far.serves())
+        dials.append(time.monotonic() - link.dialled_at)
+        soon(lambda: is_said("ok"))
 
-    def cut(answer: Future[int] | None) -> None:
-        link.cut, began, session = True, time.monotonic(), far.sessions()[-1]
-        within(7, "in flight, settled", began, lambda: not answer or answer.done() and answer.result() == 502)
-        within(9, "seen on the VPS", began, lambda: health() == "offline")
-        within(9, "seen at home", began, lambda: not far.state()["up_since"] and len(model.left) == bool(answer))
+    def cut(answer: Future[httpx.Response] | None = None) -> None:
+        link.cut, began, session = True, time.monotonic(), children(far.sshd)[-1]
+        if answer:
+            within(7, "in flight, settled", answer.done, began)
+            assert code_of(answer.result()) == "backend_failed"
+        within(9, "seen on the VPS", lambda: is_said("offline"), began)
+        within(9, "seen at home", lambda: not far.state()["up_since"] and len(model.left) == bool(answer), began)
         link.cut = False
         redialled(9)
-        assert not gone(session), "the dead link's sshd was to hold the socket"
+        assert not gone(session), "the dead link's sshd still held the socket"
 
-    with contextlib.closing(SlowLink()) as link, FarHost(link=link) as far, ThreadPoolExecutor(1) as pool:
-        far.door.__exit__()
+    with contextlib.closing(SlowLink()) as link, link.vps, FarHost(at="10.77.0.1", inside=link.home) as far:
         with far.inside:
             model = far.enter_context(Fake())
-        with far.vps:
-            own = ("--backend", "none", "--backend-dir", far.where, "--port", far.door.server_port)
-            front = far.enter_context(proxy(far.where / "p", *own))
+        far.door.__exit__()
+        own = ("--backend", "none", "--backend-dir", far.where, "--port", far.door.server_port)
+        front, pool = far.enter_context(proxy(far.where / "p", *own)), far.enter_context(ThreadPoolExecutor(1))
         dials, kills, slept = [], [], far.where / "slept"
-        slow = f"clock = tunnel.boot_clock; late = lambda: clock() + 60 * tunnel.Path({str(slept)!r}).exists()"
-        child = far.up("--target", model.url[7:], setup=slow + "; tunnel.Tunnel.__init__.__defaults__ = (late,)")
-        soon(lambda: health() == "ok")
+        setup = f"clock = tunnel.boot_clock; late = lambda: clock() + 60 * tunnel.Path({str(slept)!r}).exists()"
+        child = far.up("--target", model.url[7:], setup=setup + "; tunnel.Tunnel.__init__.__defaults__ = (late,)")
+        soon(lambda: is_said("ok"))
         killed()
-        cut(None)
-        answer = pool.submit(ask)
+        cut()
+        answer = pool.submit(front.post, "!pace=1")
         soon(lambda: model.running)
         cut(answer)
-        link.home.ip("address delete 10.77.0.2/24 dev wan", "address add 10.77.0.3/24 dev wan")
+        with far.inside:
+            ip("address delete 10.77.0.2/24 dev wan", "address add 10.77.0.3/24 dev wan")
         redialled(3)
         killed()
         slept.touch()
@@ -2492,12 +2512,13 @@ def test_tunnel_over_a_slow_link_that_is_cut_real() -> None:
         far.start_sshd()
         soon(far.serves, 5)
         print("killed, serving:", kills, "dialled, serving:", dials)
-        assert min(kills) <= 1 and min(dials) <= 1
+        overbooked = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # ssh's key exchange takes as much longer
+        assert min(kills) <= overbooked and min(dials) <= overbooked
         for reason in ("no answer", "address changed from 10.77.0.2 to 10.77.0.3", "slept for 60 s"):
             assert reason in far.log.read_text()
 
 
-LINK_FAULTS = {"key": "auth", "changed": "host_key_changed", "unknown": "host_key_unknown", "name": "name"}
+LINK_FAULTS = {"key": "auth", "account": "auth", "changed": "host_key_changed", "unknown": "host_key_unknown", "name": "name"}
 LINK_FAULTS |= {"forward": "forward_refused", "port": "port_taken", "folder": "path_taken"}
 
 
@@ -2507,16 +2528,19 @@ def test_tunnel_faults_are_told_apart_real(far: FarHost, fault: str, kind: str) 
     (far.where / "auth").write_text("" if fault == "key" else own_key)
     place, whole = known.read_text().split()[0], known.read_text()
     known.write_text({"changed": f"{place} {own_key}", "unknown": ""}.get(fault, whole))
-    far.flags[0] = "x@nope.invalid" if fault == "name" else far.flags[0]
+    far.flags[0] = {"name": "x@nope.invalid", "account": "nobody-here@127.0.0.1"}.get(fault, far.flags[0])
     remote = {"forward": "127.0.0.1:10", "folder": f"{far.where}/none/gpu.sock", "port": far.door.at}
     far.run("--remote", remote.get(fault, str(far.sock)), HOME=str(far.where))
     state = soon(lambda: (s := far.state())["last_error"] and s)
     status = far.tell("status").stdout
     assert state["last_error"]["kind"] == kind
     assert state["last_error"]["cure"] in status and "down" in status
-    if fault in ("key", "changed", "unknown", "forward"):  # what a person must mend is not tried again soon
+    if fault in ("key", "account", "changed", "unknown", "forward"):  # what a person must mend is not tried again soon
         time.sleep(1.5)
         assert far.state()["dials"] == 1
+    else:  # and said once
+        soon(lambda: far.state()["dials"] > 2)
+    assert far.log.read_text().count(state["last_error"]["cure"]) == 1
     if fault == "port":
         far.door.__exit__()
         soon(lambda: far.state()["up_since"], 6)
@@ -2534,18 +2558,27 @@ def test_tunnel_plain_account_with_a_port_and_no_way_to_the_front_real() -> None
 
 
 def test_tunnel_pause_gives_the_gpu_back_and_ends_by_itself_real(far: FarHost) -> None:
+    far.model.loaded.append("other:7b")
     child = far.up()
-    paused = far.tell("pause", "4s", "--target", far.model.at)
-    until = time.monotonic() + 3
-    assert "memory is free" in paused.stdout and far.model.loaded == []
+    with contextlib.closing(tunnel.Line(str(far.sock), 9)) as running, pytest.raises(http.client.IncompleteRead):
+        running.request("POST", "/api/generate", json.dumps({"prompt": "endless", "stream": True}))
+        answer = running.getresponse()
+        paused = far.tell("pause", "5s", "--target", far.model.at)
+        until = time.monotonic() + 4
+        assert "memory is free" in paused.stdout and far.model.loaded == [] and far.model.left_at
+        answer.read()
     code, said = far.ask()
     assert (code, said["error"]["code"]) == (503, "paused")
     child.terminate()
     child.wait()
     far.run()
     soon(lambda: far.ask("/health")[0] == 503)
+    assert "paused until" in far.tell("status").stdout
     soon(far.serves, 6)
     assert time.monotonic() > until - 1
+    far.tell("pause", "--target", far.model.at)
+    assert far.ask()[0] == 503 and far.tell("resume").returncode == 0
+    soon(far.serves, 3)
 
 
 def test_mirror_through_cuts_kills_and_rotation_real(far: FarHost) -> None:
