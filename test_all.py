@@ -23,18 +23,23 @@ is skipped, with the reason. `./install.sh test` installs what they need.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import base64
 import contextlib
 import ctypes
 import fcntl
+import functools
+import gc
 import gzip
 import hashlib
 import http.client
 import itertools
 import json
 import math
+import multiprocessing
+import operator
 import os
 import plistlib
 import pty
@@ -44,20 +49,22 @@ import select
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import h11
@@ -3277,3 +3284,507 @@ def test_readme_names_each_setting_with_its_default() -> None:
         default = " ".join(setting.default) if isinstance(setting.default, tuple) else str(setting.default)
         shown = f"`{default}`" if default else ""
         assert f"| `--{setting.name.replace('_', '-')}` | {shown} | {setting.metadata['help']} |" in text
+
+
+# --- bench --------------------------------------------------------------------
+# No test: it measures what is promised, beside what that is compared with. What is compared takes turns (A B A B), so
+# that whatever else the machine does hits all alike; a row is the median of the rounds, with the least and the most.
+# Load comes from this process, what is measured runs in others; all clocks are the kernel's monotonic one.
+
+Row = tuple[str, str, Sequence[float], str]  # what; bound: sign, number, unit; a value a round; what stands beside it
+ROUNDS, NUMBER, PACE = 3, itertools.count(), 290  # PACE: tokens a second, of the article's GPU
+STAMP = re.compile(rb"@(\d+\.\d+) ")  # in each token of a paced answer: when the model server wrote it, in s
+SERVE = "\nuvicorn.run(app, port=0, access_log=False, http='h11', loop='asyncio')"
+
+BARE = """import httpx, sys, uvicorn
+from starlette.applications import Starlette
+from starlette.responses import Response, StreamingResponse
+app, client = Starlette(), httpx.AsyncClient(base_url=sys.argv[1], timeout=300)
+async def whole(request):
+    return Response((await client.post("/api/generate", content=await request.body())).content)
+async def stream(request):
+    ask = client.build_request("POST", "/api/generate", content=await request.body())
+    return StreamingResponse((await client.send(ask, stream=True)).aiter_raw())
+app.add_route("/scatter", whole, ["POST"]); app.add_route("/stream", stream, ["POST"])"""
+
+ARTICLE = """import httpx, json, sys, time, uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+app = Starlette()
+async def scatter(request):
+    prompt, began = (await request.json())["prompt"], time.time()
+    ask = {"model": "m", "prompt": prompt, "stream": False, "options": {"temperature": 0.3}}
+    async with httpx.AsyncClient(timeout=30) as client:
+        answer = (await client.post(sys.argv[1] + "/api/generate", json=ask)).json()
+    line = {"ts": began, "prompt_len": len(prompt), "tokens": answer["eval_count"], "elapsed": time.time() - began}
+    line["tok_per_s"] = line["tokens"] / line["elapsed"]
+    with open(sys.argv[2], "a") as log:
+        log.write(json.dumps(line) + "\\n")
+    numbers = {"X-Tok-Per-S": "tok_per_s", "X-Gen-Time": "elapsed", "X-Tokens": "tokens"}
+    return JSONResponse({"sinc": json.loads(answer["response"])}, headers={k: str(line[v]) for k, v in numbers.items()})
+app.add_route("/scatter", scatter, ["POST"])"""
+
+
+def turns(measures: Mapping[Any, Callable[[], Any]]) -> dict[Any, list[Any]]:
+    """Let each measure have its turn, round after round; return what each gave."""
+    found: dict[Any, list[Any]] = {name: [] for name in measures}
+    for _, name in itertools.product(range(ROUNDS), measures):
+        gc.collect()
+        found[name].append(measures[name]())
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return a median with the least and the most, to three figures."""
+    three = statistics.median(values), min(values), max(values)
+    return "{} [{}–{}]".format(*(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in three))
+
+
+class Instant(asyncio.Protocol):
+    """A model server that speaks Ollama and answers at once; for `!paced=N` with N tokens, PACE a second."""
+
+    HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+    left: ClassVar[list[float]] = []  # when a client broke off
+    idle: ClassVar[list[float]] = []  # from an answer's end to the next request, in s
+    ended, whole = 0.0, json.dumps({name: "text of " + name for name in BAND_NAMES})
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport, self.got, self.timer = transport, b"", None
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.left.append(time.monotonic())
+
+    def chunk(self, text: str, tokens: int = 0) -> bytes:
+        """Return a line of Ollama's, as one chunk; tokens: it is the last, of so many."""
+        line = {"model": "instant", "created_at": "2026-11-22T12:00:00Z", "response": text, "done": tokens > 0}
+        line |= {"done_reason": "stop", "eval_count": tokens, "eval_duration": tokens * 10**6} if tokens else {}
+        data = json.dumps(line).encode() + b"\n"
+        return b"%x\r\n%s\r\n%s" % (len(data), data, b"0\r\n\r\n" if tokens else b"")
+
+    def data_received(self, data: bytes) -> None:
+        self.got += data
+        head, blank, body = self.got.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        if not blank or len(body) < int(length[1] if length else 0):
+            return
+        self.got, paced = b"", re.search(rb"!paced=(\d+)", body)
+        if not body or b'"stream":false' in body:
+            told = {"response": self.whole, "done": True, "eval_count": 40}
+            said = json.dumps(told if body else {"version": "0.34.2", "left": self.left, "idle": self.idle})
+            self.transport.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(said)}\r\n\r\n{said}".encode())
+        elif paced:
+            self.idle += [time.monotonic() - Instant.ended] if Instant.ended else []
+            self.began, self.at, self.tokens = time.monotonic(), 0, int(paced[1])
+            self.transport.write(self.HEAD)
+            self.token()
+        else:
+            self.transport.write(self.HEAD + self.chunk(self.whole) + self.chunk("", 40))
+
+    def token(self) -> None:
+        """Write the next token, and see to it that the one after it comes in time, whatever this one took."""
+        if self.at == self.tokens:
+            self.transport.write(self.chunk('"}', self.tokens))
+            self.timer, Instant.ended = None, time.monotonic()
+            return
+        band, within = divmod(self.at * 6, self.tokens)
+        text = ('", "' if self.at else '{"') + f'{BAND_NAMES[band]}": "' if within < 6 else ""
+        self.transport.write(self.chunk(f"{text}@{time.monotonic():.6f} "))
+        self.at += 1
+        self.timer = asyncio.get_running_loop().call_at(self.began + self.at / PACE, self.token)
+
+
+async def serve_instant(door: socket.socket) -> None:
+    await (await asyncio.get_running_loop().create_server(Instant, sock=door)).serve_forever()
+
+
+async def serve_guard(door: socket.socket, model: str) -> None:
+    guard = tunnel.Guard(model, lambda: tunnel.Limits("m", 8192, 4096, "-1"), lambda: False)
+    serve: Any = lambda *pair: tunnel.Connection(guard, *pair).serve()
+    await (await asyncio.start_server(serve, sock=door, limit=tunnel.HEAD_LIMIT)).serve_forever()
+
+
+async def serve_link(door: socket.socket, port: int, dialled: Any) -> None:
+    """Pass bytes to port, 10 ms late each way; at SIGUSR1 lose those of the connections that there are."""
+    loop, lives = asyncio.get_running_loop(), [0]
+    loop.add_signal_handler(signal.SIGUSR1, lambda: lives.append(len(lives)))
+
+    async def carry(life: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def give(data: bytes) -> None:
+            if life == lives[-1]:
+                writer.write(data) if data else writer.close()
+
+        data = b"first"
+        while data:
+            with contextlib.suppress(OSError):
+                data = await reader.read(65536)
+            loop.call_later(0.01, give, data)
+
+    async def accept(*near: Any) -> None:
+        dialled.value, life = time.monotonic(), lives[-1]
+        far = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(carry(life, near[0], far[1]), carry(life, far[0], near[1]))
+
+    await (await asyncio.start_server(accept, sock=door)).serve_forever()
+
+
+@contextlib.contextmanager
+def apart(serve: Callable[..., Any], *args: Any) -> Iterator[tuple[str, int]]:
+    """Run one of the servers above in a process of its own; give its ADDRESS:PORT and that process."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as door:  # named: else no TCP_NODELAY
+        door.bind(("127.0.0.1", 0))
+        door.listen(256)
+        child = multiprocessing.get_context("fork").Process(target=lambda: asyncio.run(serve(door, *args)), daemon=True)
+        child.start()
+        try:
+            yield f"127.0.0.1:{door.getsockname()[1]}", child.pid or 0
+        finally:
+            child.kill()
+            child.join()
+
+
+class Load:
+    """What clients at a URL saw: took and late in s, ascending; seconds, rate a second; cpu in s of process pid."""
+
+    def __init__(self, url: str, prompts: Iterable[str], clients: int = 1, **how: Any) -> None:
+        self.took: list[float] = []
+        self.late: list[float] = []
+        host, _, path = url.removeprefix("http://").partition("/")
+        self.head = f"POST /{path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        self.head += f"Accept: {how.get('accept', '*/*')}\r\n"
+        self.prompts, self.status, self.address = iter(prompts), b"HTTP/1.1 %d" % how.get("status", 200), host.split(":")
+        pid = how.get("pid", "self")
+        began, used = time.monotonic(), self.used(pid)
+        asyncio.run(self.run(clients))
+        self.seconds, self.cpu = time.monotonic() - began, self.used(pid) - used
+        self.rate = len(self.took) / self.seconds
+        self.took.sort()
+        self.late.sort()
+
+    def used(self, pid: Any) -> float:
+        """Return the s of CPU that a process has had."""
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+    async def run(self, clients: int) -> None:
+        await asyncio.gather(*(self.client() for _ in range(clients)))
+
+    async def client(self) -> None:
+        """Ask one prompt after the other over one connection."""
+        reader, writer = await asyncio.open_connection(*self.address)
+        for prompt in self.prompts:
+            body = json.dumps({"prompt": prompt})
+            began = time.monotonic()
+            writer.write(f"{self.head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(self.status), head
+            if length := re.search(rb"(?i)content-length: *(\d+)", head):
+                await reader.readexactly(int(length[1]))
+            data = b"" if length else b"?"
+            while data and not data.endswith(b"0\r\n\r\n"):
+                data = await reader.read(1 << 16)
+                now, tokens = time.monotonic(), data.partition(b"event: done")[0]
+                self.late.extend(now - float(at) for at in STAMP.findall(tokens))
+            self.took.append(time.monotonic() - began)
+        writer.close()
+
+
+def ms(values: Sequence[float], share: float = 0.5) -> float:
+    """Return a percentile of ascending seconds, in ms."""
+    return values[min(len(values) - 1, int(len(values) * share))] * 1000
+
+
+def added(ours: Sequence[Load], bare: Sequence[Load], what: str = "took") -> list[float]:
+    """Return by how many ms, at p50, each round of ours is slower."""
+    return [ms(getattr(one, what)) - ms(getattr(other, what)) for one, other in zip(ours, bare)]
+
+
+def unique(count: int, order: str = "") -> Iterator[str]:
+    """Return prompts that were never asked before."""
+    return (f"prompt {next(NUMBER)} {order}" for _ in range(count))
+
+
+def asks(url: str, count: int, clients: int = 1, order: str = "", **how: Any) -> Callable[[], Load]:
+    """Return what asks so many prompts, new ones each time that it is called."""
+    return lambda: Load(url, unique(count, order), clients, **how)
+
+
+class Bench(contextlib.ExitStack):
+    """The sections of the bench; each starts what it needs, and yields rows."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.model = self.enter_context(apart(serve_instant))[0]
+
+    def ours(self, *flags: Any, model: str = "", name: str = "ours") -> Proxy:
+        """Return our proxy, before the model server if no other is named."""
+        flags = ("--backend", "http://" + (model or self.model), "--slots", 16, *flags)
+        return self.enter_context(proxy(self.folder / name, *flags)).up()
+
+    def compared(self, code: str) -> tuple[str, int]:
+        """Run BARE or ARTICLE; return its URL and process."""
+        log = self.folder / f"{len(code)}.out"
+        command = (sys.executable, "-c", code + SERVE, f"http://{self.model}", f"{log}.jsonl")
+        process = self.enter_context(program(*command, log=log, ready="running on http"))
+        return re.findall(r"running on (http://[\d.:]+)", log.read_text())[0], process.pid
+
+    def requests(self) -> Iterator[Row]:
+        ours, straight = self.ours(), f"http://{self.model}/api/generate"
+        urls = {"straight": straight, "bare": self.compared(BARE)[0] + "/scatter"}
+        urls |= {"article": self.compared(ARTICLE)[0] + "/scatter", "ours": ours.url + "/scatter"}
+        one = turns({k: asks(url, 20 if k == "article" else 500) for k, url in urls.items()})
+        many = turns({k: asks(url, {"article": 48, "bare": 800}.get(k, 2900), 16) for k, url in urls.items()})
+        hits = turns({n: lambda n=n: Load(urls["ours"], ["hit"] * 2000, n) for n in (1, 16)})  # type: ignore[misc]
+        rss = re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{ours.process.pid}/status").read_text())
+        more = {k: added(loads, one["straight"]) for k, loads in one.items()}
+        rate = {k: [load.rate for load in loads] for k, loads in many.items()}
+        late = {k: [ms(load.took, 0.99) for load in loads] for k, loads in many.items()}
+        beside = f"bare {spread(more['bare'])}, article {spread(more['article'])}"
+        yield "POST, backend instant: added, p50", "≤ 1.2 ms", more["ours"], beside
+        yield "  times the bare proxy's", "≤ 2 ×", [*map(operator.truediv, more["ours"], more["bare"])], ""
+        beside = f"bare {spread(rate['bare'])}, article {spread(rate['article'])}"
+        yield "16 clients, 16 slots: requests", "≥ 800 /s", rate["ours"], beside
+        yield "  p99", "≤ 40 ms", late["ours"], f"bare {spread(late['bare'])}, article {spread(late['article'])}"
+        yield "hit, p50", "≤ 0.5 ms", [ms(load.took) for load in hits[1]], ""
+        yield "hits, 16 clients", "≥ 3000 /s", [load.rate for load in hits[16]], ""
+        yield "resident after 10,200 prompts", "≤ 60 MB", [int(rss[0]) * 1.024e-3], ""
+
+    def streams(self) -> Iterator[Row]:
+        ours, (bare, pid) = self.ours(), self.compared(BARE)
+        two = {"ours": (ours.url + "/scatter", ours.process.pid), "bare": (bare + "/stream", pid)}
+        order, accept = f"!paced={3 * PACE}", "text/event-stream"
+        found = turns({k: asks(url, 16, 16, order, pid=pid, accept=accept) for k, (url, pid) in two.items()})
+        share = {k: [load.cpu / load.seconds * 100 for load in loads] for k, loads in found.items()}
+        late = {k: [ms(load.late, 0.99) for load in loads] for k, loads in found.items()}
+        yield "16 streams of 290 tok/s: p99 lateness", "≤ 5 ms", late["ours"], f"bare {spread(late['bare'])}"
+        beside = f"{spread(share['ours'])} % of a core, bare {spread(share['bare'])} %"
+        yield "  CPU, times the bare proxy's", "≤ 1.5 ×", [*map(operator.truediv, share["ours"], share["bare"])], beside
+
+    def queue(self) -> Iterator[Row]:
+        off = self.enter_context(proxy(self.folder / "off", "--backend", "none"))
+        refused = turns({"off": asks(off.url + "/scatter", 500, status=503)})["off"]
+        yield "503 while offline, p99", "≤ 2 ms", [ms(load.took, 0.99) for load in refused], ""
+        ours, gone, freed = self.ours("--slots", 1), list[float](), list[float]()
+
+        def tell(what: str) -> list[float]:
+            return httpx.get("http://" + self.model).json()[what]
+
+        for prompt in unique(20, "!paced=9000"):
+            with ours.stream(prompt) as runs, contextlib.ExitStack() as second:
+                waits = second.enter_context(ours.stream(f"{prompt} second"))
+                assert (next(runs)[0], next(waits)[1]) == ("started", {"position": 1})
+                with ours.stream(f"{prompt} third") as events:
+                    assert next(events)[1] == {"position": 2}
+                    left = time.monotonic()
+                    second.close()
+                    assert next(events)[1] == {"position": 1}
+                    freed.append((time.monotonic() - left) * 1000)
+                left = time.monotonic()
+            gone.append((wait_for(lambda: tell("left")[len(gone) :], 5)[-1] - left) * 1000)
+        yield "client leaves: the backend sees it", "≤ 100 ms", gone, ""
+        yield "  a queued one frees its place", "≤ 100 ms", freed, ""
+        work = {"load": asks(ours.url + "/scatter", 60, 8, "!paced=6"), "idle": lambda: sorted(tell("idle")[-59:])}
+        idle = turns(work)["idle"]  # 59 gaps between 60 answers, while the next seven wait
+        beside = f"p50 {spread([ms(gaps) for gaps in idle])}"
+        yield "slot idle while work waits, p99", "≤ 2 ms", [ms(gaps, 0.99) for gaps in idle], beside
+
+    def link(self) -> Iterator[Row]:
+        plain, _ = self.enter_context(apart(serve_link, self.model.partition(":")[2], multiprocessing.Value("d", 0.0)))
+        links = [Link(self, self.folder / f"{n}", self.model, is_slow=True) for n in range(ROUNDS)]
+        two = turns({"link": asks(plain + "/api/generate", 40), "ours": asks(links[0].proxy.url + "/scatter", 40)})
+        beside = f"the link itself {spread([ms(load.took) for load in two['link']])}"
+        yield "request over a 20 ms link: added, p50", "≤ 3 ms", added(two["ours"], two["link"]), beside
+        yield "ssh killed: serving again", "≤ 1 s", [link.kill() for link in links], "the article's loop: 5 s and more"
+        idle = together(ROUNDS, lambda n: links[n].cut(in_flight=False))
+        yield "link dead, idle: noticed at both ends", "≤ 9 s", [knew for knew, _ in idle], "ssh's default: never"
+        yield "  its socket taken over by a new one", "≤ 1 s", [took for _, took in idle], "a TCP port: 16 s and more"
+        told = together(ROUNDS, lambda n: links[n].cut(in_flight=True))
+        yield "link dead, request in flight: settled", "≤ 7 s", [knew for knew, _ in told], "ssh's default: never"
+
+    def guard(self) -> Iterator[Row]:
+        guard, _ = self.enter_context(apart(serve_guard, self.model))
+        urls = {"bare": self.model + "/api/generate", "ours": guard + "/api/generate"}
+        one = turns({k: asks(url, 500) for k, url in urls.items()})
+        many = turns({k: asks(url, 1, 1, f"!paced={PACE}") for k, url in urls.items()})
+        yield "guard: added to a request, p50", "≤ 0.5 ms", added(one["ours"], one["bare"]), "no guard"
+        yield "  to a chunk, p50", "≤ 0.2 ms", added(many["ours"], many["bare"], "late"), "no guard"
+
+    def chain(self) -> Iterator[Row]:
+        """The real model on one core, all else on another."""
+        code = re.findall(r"<<'PY'\n(.*?)\nPY\n", SCRIPT.read_text(), re.DOTALL)[0]
+        code = code.replace("params.model.path", "params.cpuparams.n_threads = 1\nparams.model.path")  # for its one core
+        cores, log = os.sched_getaffinity(0), self.folder / "model"
+        self.callback(os.sched_setaffinity, 0, cores)
+        os.sched_setaffinity(0, {min(cores)})
+        self.enter_context(program(sys.executable, "-c", code, 0, 4, log=log, ready="listening on http.*slots"))
+        os.sched_setaffinity(0, {max(cores)})
+        model = re.findall(r"model: listening on http://([\d.:]+)", log.read_text())[0]
+        settings = ("--cache", 0, "--max-tokens", 240)
+        chain = Link(self, self.folder / "chain", model, False, *settings).proxy
+        asked = sp.ENCODE(sp.OpenAI.template(sp.parse_settings([*map(str, settings)], {})))
+
+        def tell(path: str, body: Any) -> str:
+            return chain.http.post(f"http://{model}/{path}", content=body).text
+
+        def straight(prompt: str, most: int = 240) -> dict[str, Any]:
+            holes = ((sp.SEED, 42), (sp.MAX_TOKENS, most), (sp.PROMPT, prompt))
+            body = functools.reduce(lambda body, hole: body.replace(*map(json.dumps, hole)), holes, asked)
+            last = json.loads(tell("v1/chat/completions", body).split("data: ")[-2])
+            return last["timings"] | last["usage"]
+
+        def rate(way: str, count: int) -> Callable[[], float]:
+            def run() -> float:
+                began = time.monotonic()
+                return sum(together(count, lambda n: ways[way](prompts[n]))) / (time.monotonic() - began)
+            return run
+
+        prompts = [*unique(4)]
+        ways: dict[str, Callable[[str], int]] = {"ours": lambda prompt: int(chain.post(prompt).headers["x-tokens"])}
+        ways["bare"] = lambda prompt: straight(prompt)["completion_tokens"]
+        together(4, lambda n: straight(prompts[n], 1))
+        four = turns({way: rate(way, 4) for way in ways})
+        straight(prompts[0], 1)
+        one = turns({way: rate(way, 1) for way in ways})
+        beside = f"{spread(one['ours'])} tok/s; straight to llama.cpp {spread(one['bare'])}"
+        share = [100 * ours / bare for ours, bare in zip(one["ours"], one["bare"])]
+        yield "real model through the chain: speed", "≥ 98 %", share, beside
+        beside = f"tok/s in sum; straight {spread(four['bare'])}; one client {spread(one['ours'])}"
+        yield "  4 slots, 4 clients", "", four["ours"], beside
+        sinc = chain.post(prompts[0]).json()["sinc"]
+        forms = [sp.ENCODE({f["t"]: f["x"] for f in sinc["fragments"]}), sp.ENCODE(sinc)]
+        flat, whole = (len(json.loads(tell("tokenize", json.dumps({"content": form})))["tokens"]) for form in forms)
+        yield "tokens, of the whole document's", "≤ 80 %", [100 * flat / whole], f"schema {flat}, whole {whole}"
+        new = straight("Now something else", 1)
+        yield "prompt tokens not in the KV cache", "", [new["prompt_n"]], f"of {new['prompt_tokens']}"
+
+    def page(self) -> Iterator[Row]:
+        late, ours = [], self.ours(model=self.enter_context(Fake()).url.removeprefix("http://"))
+        page = self.enter_context(visit(ours.url))
+        for prompt in unique(ROUNDS, "!first=0.5 !pace=0.02"):
+            send(page, prompt)
+            page.evaluate(FRAMES)
+            with ours.stream(prompt) as events:
+                sent = next(time.time() for name, _ in events if name == "delta")
+            shows(page, "#status", "Done")
+            late.append(page.evaluate("painted") - sent * 1000)
+        yield "first token to first word painted", "≤ 100 ms", late, ""
+        yield "page and widget", "≤ 40 KB", [len((sp.PAGE + sp.WIDGET).encode()) / 1000], ""
+
+    def demo(self) -> Iterator[Row]:
+        for name in ("install.sh", "scatter_proxy.py", "tunnel.py"):
+            shutil.copy(HERE / name, self.folder)
+
+        def start(**environ: str) -> float:
+            began, demo = time.monotonic(), Demo(self.folder / "install.sh", "demo", **environ)
+            demo.says("Ctrl-C ends it")
+            took = time.monotonic() - began
+            demo.ended(signal.SIGTERM)
+            return took
+
+        yield "demo, packages neither here nor cached", "≤ 120 s", [start(PIP_NO_CACHE_DIR="1")], ""
+        yield "demo, again", "≤ 5 s", turns({"again": start})["again"], ""
+
+    def units(self) -> Iterator[Row]:
+        where = (sys.executable, Path("/opt/tunnel.py"), Path("/var/lib/scatter"), "me", Path("/home/me"))
+        units = {"tunnel": tunnel.service("linux", True, *where).text}
+        units["proxy"] = re.findall(r'put "\$UNIT" <<CONF\n(.*?)\nCONF\n', SCRIPT.read_text(), re.DOTALL)[0]
+        for name, text in units.items():
+            (unit := self.folder / f"scatter-{name}.service").write_text(text.replace("$APP", "/opt"))
+            said = finished(["systemd-analyze", "security", "--offline=true", "--no-pager", unit]).stdout
+            score = [float(re.findall(r"level for .*: ([\d.]+)", said)[0])]
+            yield f"systemd-analyze security, {name}", "≤ 1.5", score, "redis-server: 1.2"
+
+    def growth(self) -> Iterator[Row]:
+        """Whether a request costs the proxy the same when there is more of everything."""
+        more = [f"--backend=http://{self.enter_context(apart(serve_instant))[0]}" for _ in range(3)]
+        (self.folder / "log").mkdir()
+        (self.folder / "log" / "log.jsonl").write_bytes(b'{"ts": 1.123, "prompt_len": 9, "tokens": 40}\n' * 1_330_000)
+        first = self.ours("--slots", 64)
+        runs = {f"{n} clients": (first, n) for n in (1, 4, 16, 64)} | {"60 MB of log": (self.ours(name="log"), 16)}
+        runs |= {f"{n + 1} backends": (self.ours(*more[:n], name=f"{n}").up(n + 1), 16) for n in (1, 3)}
+        runs["10,000 documents"] = self.ours("--cache", 100, name="kept"), 16
+        Load(runs["10,000 documents"][0].url + "/scatter", unique(10_000), 16)
+        found = turns({k: asks(p.url + "/scatter", 600, n, pid=p.process.pid) for k, (p, n) in runs.items()})
+        for name, loads in found.items():
+            beside = f"{spread([load.rate for load in loads])} requests/s"
+            yield f"CPU of a request, us: {name}", "", [load.cpu / 600 * 1e6 for load in loads], beside
+
+
+class Link:
+    """The whole way of a request: proxy, sshd, a link, slow or not, ssh, guard, model server."""
+
+    def __init__(self, held: Bench, folder: Path, model: str, is_slow: bool, *flags: Any) -> None:
+        rules = "AllowTcpForwarding yes\nAllowStreamLocalForwarding remote\nStreamLocalBindUnlink yes"
+        self.far, self.dialled, self.pid = held.enter_context(FarHost(rules)), multiprocessing.Value("d", 0.0), 0
+        known, sshd = self.far.home / "known_hosts", self.far.flags[2]
+        at = f":{sshd}"
+        if is_slow:
+            at, self.pid = held.enter_context(apart(serve_link, sshd, self.dialled))
+        known.write_text(known.read_text().replace(f":{sshd} ", f":{at.rpartition(':')[2]} "))
+        flags = ("--backend", "none", "--backend-dir", self.far.where, *flags)
+        self.proxy = held.enter_context(proxy(folder, *flags))
+        hops = ("--ssh-port", at.rpartition(":")[2], "--target", model, "--front", self.proxy.url[7:])
+        self.tunnel = self.far.run(*hops)
+        self.proxy.up()
+
+    def serves(self, begin: float) -> float:
+        """Wait until a document comes; return how many s that was after begin."""
+        wait_for(lambda: self.proxy.post(next(unique(1))).status_code == 200, 20)
+        return time.monotonic() - begin
+
+    def kill(self) -> float:
+        """Kill ssh; return the s until a document is served again."""
+        os.kill(self.far.ssh(self.tunnel), signal.SIGKILL)
+        return self.serves(time.monotonic())
+
+    def cut(self, in_flight: bool) -> tuple[float, float]:
+        """Cut the link; return the s until both ends knew or the reader was told, and from the new dial to a document."""
+        inode = self.far.sock.stat().st_ino
+
+        def knows() -> bool:
+            return self.proxy.health()["status"] != "ok" or self.far.sock.stat().st_ino != inode
+
+        with self.proxy.stream(next(unique(1, "!paced=9000" if in_flight else ""))) as events:
+            any(name in ("delta", "done") for name, _ in events)
+            os.kill(self.pid, signal.SIGUSR1)
+            began = time.monotonic()
+            any(name in ("started", "error") for name, _ in events) if in_flight else wait_for(knows, 20)
+            knew = time.monotonic() - began
+        wait_for(lambda: self.dialled.value > began, 20)
+        return knew if in_flight else max(knew, self.dialled.value - began), self.serves(self.dialled.value)
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Measure the sections named, all without a name; print the table; return 1 where a bound is not met."""
+    sections = [name for name, kind in vars(Bench).items() if name not in ("ours", "compared") and name[0] != "_" and callable(kind)]
+    parser = argparse.ArgumentParser("test_all.py bench")
+    parser.add_argument("--json", action="store_true", help="one object instead of the table")
+    parser.add_argument("sections", nargs="*", choices=[[], *sections], metavar="SECTION", help=", ".join(sections))
+    told, rows, began = parser.parse_args(argv), [], time.monotonic()
+    words, form = sys.stderr if told.json else sys.stdout, "| {:<38} | {:>8} | {:<19} | {:<3} | {} |"
+    gc.freeze()  # what was imported, so that no collection has to look through it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    print(form.format("what", "bound", "median [min–max]", "met", "beside"), "|---|--:|---|---|---|", sep="\n", file=words)
+    for name in told.sections or sections:
+        with tempfile.TemporaryDirectory(prefix="sc") as folder, Bench(Path(folder)) as running:
+            try:
+                for what, bound, values, beside in getattr(running, name)():
+                    sign, number, _ = f"{bound} 0 ".split(" ", 2)
+                    within = {"≤": operator.le, "≥": operator.ge}.get(sign)
+                    met = within(statistics.median(values), float(number)) if within else None
+                    rows.append({"what": what.strip(), "bound": bound, "values": values, "beside": beside, "met": met})
+                    print(form.format(what, bound, spread(values), {True: "yes", False: "NO"}.get(met, ""), beside), file=words, flush=True)
+            except (pytest.skip.Exception, Exception):
+                print(f"{name} could not be measured:\n{traceback.format_exc()}", file=sys.stderr)
+    model = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    where = f"{len(model)} × {model[0]}, Python {sys.version.split()[0]}, {time.monotonic() - began:.0f} s"
+    print(json.dumps({"where": where, "rows": rows}) if told.json else where)
+    return int(any(row["met"] is False for row in rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("error: give the word bench (test_all.py bench --help), or run the tests: python -m pytest test_all.py")
+    sys.exit(bench(sys.argv[2:]))
