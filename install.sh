@@ -45,7 +45,7 @@ lacking() { for one in $1; do has "${one%:*}" || printf ' %s' "${one#*:}"; done;
 # pep723 FILE  Print the dependencies that the block at the head of FILE names.
 pep723() { sed -n '/^# \/\/\/ script$/,/^# \/\/\/$/ s/^#  *"\([^"]*\)",\{0,1\}$/\1/p' "$here/$1" | tr '\n' ' '; }
 
-# get_programs LIST  Install, but let no new daemon start where this is not to be a VPS. A subshell, for its traps.
+# get_programs LIST  Install; but for vps, start no new daemon and leave out what a release lacks. Subshell, for traps.
 get_programs() (
     units=$([ "$action" = vps ] || lacking 'nginx:nginx.service sshd:ssh.service sshd:ssh.socket')
     policy=/usr/sbin/policy-rc.d # Debian asks that file before it starts a service; another's is left alone
@@ -56,7 +56,7 @@ get_programs() (
     fi
     say "installing by apt: $1"
     apt-get -q update || warn 'apt-get update failed; going on with the package lists that are here'
-    list=$(for one in $1; do ! apt-cache show "$one" >/dev/null 2>&1 || say "$one"; done) # Ubuntu has no chromium
+    list=$(for one in $1; do if [ "$action" = vps ] || apt-cache show "$one" >/dev/null 2>&1; then say "$one"; fi; done)
     # shellcheck disable=SC2086  # a list of words
     DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install $list || die 'apt-get failed'
     for unit in $units; do systemctl -q disable "$unit" 2>/dev/null || :; done # not every release has each
@@ -300,7 +300,7 @@ setup_sshd() {
         say 'Match all'
     } >"$tmp/new"
     put "$SSHD" <"$tmp/new"
-    if accepted sshd is_good_sshd && systemctl -q is-active ssh; then run systemctl reload ssh; fi
+    if accepted sshd is_good_sshd; then run systemctl try-reload-or-restart ssh; fi # Ubuntu starts it when asked for
 }
 
 # --- vps: proxy ---------------------------------------------------------------
@@ -399,8 +399,7 @@ upstream scatter { server 127.0.0.1:8461 max_fails=0; keepalive 16; keepalive_ti
 CONF
     put "$ETC/nginx-proxy.conf" <<'CONF'
 proxy_pass http://scatter;
-proxy_http_version 1.1; proxy_set_header Connection ""; # kept open
-proxy_set_header Host $http_host;
+proxy_set_header Host $http_host; proxy_http_version 1.1; proxy_set_header Connection ""; # kept open
 proxy_buffering off; proxy_cache off; gzip off; # a stream passes as it is written
 proxy_connect_timeout 2s; proxy_read_timeout 360s; # the proxy's own limits end first, and say why
 proxy_next_upstream off; proxy_intercept_errors off; client_max_body_size 256k; client_body_timeout 10s;
@@ -423,7 +422,7 @@ CONF
         if [ -e "$site" ]; then site_with_include; else own_server; fi >"$tmp/new"
         put "$site" <"$tmp/new"
     fi
-    if accepted nginx is_good_nginx; then run systemctl reload nginx; fi
+    if accepted nginx is_good_nginx; then run systemctl reload-or-restart nginx; fi
 }
 
 own_server() {
@@ -464,14 +463,15 @@ check_machine() {
     missing=$(lacking 'nginx:nginx sshd:openssh-server ps:procps systemctl:systemd')
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
     if [ "$packages$dry_run$problems" = yesno ] && [ -n "$missing" ]; then
-        get_programs "$missing" && missing=
+        missing=$(get_programs "$missing" >&2) # nothing is missing, or this is the end
     elif [ -n "$missing" ]; then
         problem "missing:$missing; type: sudo apt-get install$missing (or pass --packages)"
     fi
-    [ "$(df -Pk /opt | awk 'NR == 2 { print $4 }')" -gt 102400 ] || problem 'less than 100 MiB are free under /opt'
-    systemctl -q is-active scatter-proxy || free_port 8461 >/dev/null ||
+    df -Pk /opt /etc | awk 'NR > 1 && $4 < 102400 { exit 1 }' || problem 'less than 100 MiB are free in /opt or /etc'
+    systemctl -q is-active scatter-proxy || ! has python3 || free_port 8461 >/dev/null ||
         problem 'port 8461 is taken, and not by scatter-proxy; see who holds it: ss -ltnp sport = :8461'
     if ! is_root || [ -n "$missing" ]; then return; fi
+    mkdir -p /run/sshd # made with the service, which Ubuntu starts at the first call; sshd -t asks for it
     for one in nginx sshd; do
         "$one" -t 2>"$tmp/said" || problem "$one -t fails already; mend that first: $(head -n 1 "$tmp/said")"
     done
@@ -522,8 +522,8 @@ uninstall() {
         grep -vF "$INCLUDE" "$site" >"$tmp/new" && put "$site" <"$tmp/new"
     done
     run systemctl daemon-reload
-    if run nginx -t; then run systemctl reload nginx; else warn 'nginx is not reloaded'; fi
-    if run sshd -t; then run systemctl reload ssh; else warn 'sshd is not reloaded'; fi
+    if run nginx -t; then run systemctl try-reload-or-restart nginx; else warn 'nginx is not reloaded'; fi
+    if run sshd -t; then run systemctl try-reload-or-restart ssh; else warn 'sshd is not reloaded'; fi
     end_tunnels
     run userdel scatter-tunnel || :
     run groupdel scatter || : # userdel may have taken it along
