@@ -1380,7 +1380,7 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
   const LABELS = ["persona|role", "context|background", "data|input|.*\\b(the following|here (is|are)|below).*",
     "constraints?|rules?", "(output )?format", "task|goal"].map((list, n) => words(`^\\W*(${list}|${names[n]})\\W*$`));
   const RULES = [
-    words("you are (?!able|free|going|not|sure|to\\b)\\w+|(act|behave) (as|like)|pretend to be|" +
+    words("you are (now )?(an?|the|my|our) \\w+|(act|behave) (as|like)|pretend to be|" +
       "(^|(answer|respond|write) )as an? (?!bullet|csv|json|list|markdown|numbered|single|string|table)\\w+"),
     words("context|background|situation|given that|assuming|(i|we) (am|are|have)|i['’](m|ve)|we['’](re|ve)"),
     words("here (is|are) (the|my|our|some)|attached|https?:\\S+"),
@@ -1401,11 +1401,12 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
       const [, head, tail] = line.match(/^([^:]{2,80}):(.*)$/) || [], n = LABELS.findIndex((list) => list.test(head));
       if (n >= 0) [whole, line] = [n, tail]; else if (!line.trim()) whole = -1;
       if (whole >= 0) found[whole].push(line.trim());
-      if (n === 2 && RULES[last].test(head)) line = head; else if (whole >= 0) continue; // "Sum up the following:"
+      if (n === 2) line = head; else if (whole >= 0) continue; // "Sum up the following:" is an order as well
       for (const sentence of (line.match(SENTENCE) || []).map((one) => one.trim()).filter(Boolean)) {
         const bands = RULES.map((list) => list.test(sentence));
-        bands.forEach((holds, band) => holds && (band === last && bands[3] ? ruled : found[band]).push(sentence));
-        if (!bands.includes(true)) spare.push(sentence);
+        bands.forEach((holds, band) => holds && (band !== 2 || n !== 2) &&
+          (band === last && bands[3] ? ruled : found[band]).push(sentence));
+        if (!bands.includes(true) && (n !== 2 || sentence.includes(" "))) spare.push(sentence);
       }
     }
     if (!found[last].length) found[last] = ruled.length ? ruled : spare; // an order that is a rule too, or the rest
@@ -1487,8 +1488,7 @@ const REASONS = {no_tunnel: "The workstation is not connected.", silent_link: "T
   paused: "The workstation's owner is using it.", unavailable: "The server behind this page is away.",
   unreachable: "This page cannot reach its server.", warming: "The model is being loaded."};
 let call = null, sinc = null, stats = null; // call: the one that runs; sinc: the document on show
-// Writes only what has changed, or a screen reader would repeat it.
-const put = (id, text) => { if (at(id).textContent !== text) at(id).textContent = text; };
+const put = (id, text) => { if (at(id).textContent !== text) at(id).textContent = text; }; // a screen reader repeats
 const say = (text, state = "") => { at("status").dataset.state = state; put("status", text); };
 const mark = (n) => at("bands").childNodes.forEach((panel, i) => { panel.dataset.state = i === n ? "writing" : ""; });
 function figures({tok_per_s, gen_time, tokens, ttft}, about = "") {

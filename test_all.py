@@ -1644,7 +1644,9 @@ RULES: dict[str, dict[int, str]] = {
     "You are a chemist. I am new here. Never guess. Answer as a table. Explain why ice floats.": {
         0: "You are a chemist.", 1: "I am new here.", 3: "Never guess.", 4: "Answer as a table.",
         5: "Answer as a table.\nExplain why ice floats."},
-    "Sum up the following:\nPi is 3.14.\n\nFormat:\n- bullets\n- short": {2: "Pi is 3.14.", 4: "- bullets\n- short"},
+    "You are free. Sum up the following:\nPi is 3.14.\n\nFormat:\n- bullets\n- short": {
+        2: "Pi is 3.14.", 4: "- bullets\n- short", 5: "You are free.\nSum up the following"},
+    "Here is the data: 1, 2. Data: 3": {2: "1, 2. Data: 3"},
     "```py\nx = 1\n```": {2: "x = 1"},
     "blue": {5: "blue"},
 }  # fmt: skip
