@@ -1292,13 +1292,13 @@ dd:empty::before { content: "–"; color: var(--soft) } #rate:not(:empty) { font
 #bands { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); gap: 12px }
 .band { display: flex; flex-direction: column; height: 208px; contain: content; background: var(--panel);
   border: 1px solid var(--line); border-radius: 10px }
-.whole .band { height: auto; min-height: 208px }
+.whole .band { height: auto; min-height: 168px }
 .band h3 { padding: 12px 16px 4px; font-size: 12px; letter-spacing: .08em; word-spacing: .4em; color: var(--soft) }
 .band[data-state=writing] { border-color: var(--accent) } .band[data-state=writing] h3 { color: var(--accent) }
 .text { flex: 1; overflow: auto; padding: 0 16px 14px; white-space: pre-wrap; /* a shade at the foot: there is more */
   background: linear-gradient(var(--panel) 0 0) bottom / 100% 12px no-repeat local,
     linear-gradient(transparent, var(--line)) bottom / 100% 12px no-repeat }
-.text:empty::before { content: attr(data-empty) }
+.text:empty::before { content: attr(data-empty); font-style: italic }
 [data-from=rules] .text:empty::before { content: "The rules found nothing for this band." }
 #source, #status, .text { overflow-wrap: anywhere }
 .speed h2 { margin-top: 48px; padding: 32px 0 4px; border-top: 1px solid var(--line) }
