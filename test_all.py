@@ -3190,6 +3190,19 @@ def test_chain_streams_then_hits_real(chain_real: Chain) -> None:
     assert hit.elapsed.total_seconds() < 0.02  # the client's own time included
 
 
+def test_chain_page_fills_its_bands_and_tells_a_pause_real(chain_real: Chain) -> None:
+    env = {**os.environ, "SCATTER_HOME": chain_real.home}
+    with visit(chain_real.url) as page:
+        send(page, "Plan a picnic by the sea")
+        page.wait_for_selector("#rate >> text=≈", timeout=60_000)
+        page.wait_for_selector("#status >> text=Done", timeout=200_000)
+        assert all(page.locator(".text").all_inner_texts()) and page.inner_text("#source") == "sinc-scatter · demo"
+        for command, state, said in (("pause", "disabled", "owner is using it"), ("resume", "enabled", "Enter sends")):
+            assert finished([sys.executable, chain_real.copy / "tunnel.py", command], env=env).returncode == 0
+            shows(page, f"#send:{state}")
+            shows(page, "#reason", said)
+
+
 def test_chain_same_prompt_is_one_generation_real(chain_real: Chain) -> None:
     def settled() -> int:
         time.sleep(6)  # the tunnel keeps its counts to itself for 5 s
