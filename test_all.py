@@ -2562,6 +2562,15 @@ def test_tunnel_check_names_the_first_hop_that_fails_real(far: FarHost) -> None:
     whole = far.tell("check", *far.flags).stdout
     hops = "model server/model/warm/ssh client/key/name/TCP/host key, login, forward/front door/document"
     assert re.findall(r"^(?:ok +|FAIL +)([\w ,]+):", whole, re.MULTILINE) == hops.split("/"), whole
+    far.sshd.terminate()
+    far.sshd.wait()
+    child = far.run()
+    soon(lambda: (far.state()["last_error"] or {})["kind"] == "network")
+    far.start_sshd()
+    soon(far.serves)
+    assert "ok    front door" in far.tell("check", *far.flags).stdout  # whatever failed before the link came up
+    child.terminate()
+    child.wait()
     (far.where / "auth").write_text("")
     assert "FAIL  host key, login, forward: Permission denied" in far.tell("check", *far.flags).stdout
     nothing = far.tell("check", *far.flags, "--target", "127.0.0.1:1")

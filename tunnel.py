@@ -1350,11 +1350,10 @@ def link_hops(s: Settings, home: Path) -> Iterator[str]:
     if (9, 2) <= version < (10, 6) and ":" in s.remote:
         warning = "; warning: this sshd holds a dead link's port while visitors come, for up to 16 min"
     yield f"TCP: {banner}{warning}"
-    state, deadline = {}, time.monotonic() + 15.0  # seconds; a dial has 5 to connect, and is tried again
-    while not state.get("up_since"):
-        state = read_json(home / "state.json")
-        error = state.get("last_error") or {"kind": "dropped", "seen": "no link in 15 s", "cure": "see status"}
-        if time.monotonic() > deadline or error["kind"] not in ("dropped", "ended"):
+    deadline = time.monotonic() + 15.0  # seconds; a dial has 5 to connect, and is tried again
+    while not (state := read_json(home / "state.json")).get("up_since"):
+        error = state.get("last_error") or {"pace": "soon", "seen": "no link in 15 s", "cure": "see status"}
+        if time.monotonic() > deadline or error["pace"] == "slow":
             raise Fatal("host key, login, forward: {seen}; {cure}".format(**error))
         time.sleep(0.1)
     yield f"host key, login, forward: up since {clock_time(state['up_since'])}, {s.remote} is ours"
