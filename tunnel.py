@@ -721,10 +721,9 @@ LEASH = ('exec 3<&0; "$@" </dev/null 3<&- & ssh=$!; (cat <&3; kill $ssh) >/dev/n
 
 def boot_clock() -> float:
     """Return monotonic seconds that go on counting while the machine sleeps."""
-    for clock in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):  # Linux; macOS, where time.monotonic() stops in sleep
-        if hasattr(time, clock):
-            return time.clock_gettime(getattr(time, clock))
-    return time.monotonic()  # Windows: counts sleep
+    if WINDOWS:
+        return time.monotonic()  # which counts sleep there alone
+    return time.clock_gettime(time.CLOCK_BOOTTIME if sys.platform == "linux" else time.CLOCK_MONOTONIC)
 
 
 def notify(text: str) -> None:
@@ -785,8 +784,8 @@ class Tunnel:
         self.round_trip: float | None = None  # seconds
         self.state: dict[str, Any] = {  # what status shows; round trip and the guard's counters are added when written
             "version": VERSION, "pid": os.getpid(), "name": s.name, "destination": s.destination, "remote": s.remote,
-            "started_at": time.time(), "up_since": None, "front": None, "sshd": "", "dials": 0, "redials": 0,
-            "last_error": None, "model": s.model or PLACEHOLDER_MODEL, "model_server": None, "model_note": "",
+            "started_at": time.time(), "up_since": None, "front": None, "dials": 0, "redials": 0, "last_error": None,
+            "model": s.model or PLACEHOLDER_MODEL, "model_server": None, "model_note": "",
             "paused_until": paused_until(home), "mirror": None}
 
     async def run(self) -> int:
@@ -838,8 +837,7 @@ class Tunnel:
     async def _dial(self, front: str) -> Failure:
         """Hold one ssh from start to end; return why it ended."""
         s, words = self.settings, deque([""], maxlen=WORDS_KEPT)
-        places = {"destination": s.destination, "port": s.ssh_port, "identity": s.identity, "remote": s.remote,
-                  "known_hosts": self.home / "known_hosts"}
+        places = {**vars(s), "port": s.ssh_port, "known_hosts": self.home / "known_hosts"}
         command, how = leashed(ssh_command(s, self.home, self.guard.port, front), sys.platform)
         try:
             how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "limit": LONGEST_WORD, **how}
@@ -869,8 +867,6 @@ class Tunnel:
             connecting = re.match(r"debug1: Connecting to \S+ \[(.+)\] port", line)
             if connecting:
                 self.peer, self.dialled_from = connecting[1], local_address(connecting[1])
-            elif line.startswith("debug1: Remote protocol version"):
-                self.state["sshd"] = "".join(c for c in line.rpartition("version ")[2][:60] if c.isprintable())
             elif line.startswith("debug1: remote forward success"):
                 self.up_at = self.clock()
                 self.state.update(up_since=time.time(), front=front, redials=self.state["dials"] - 1)
@@ -1070,15 +1066,13 @@ def pause(home: Path, flags: dict[str, Any]) -> int:
     while is_running(home) and not read_json(home / "state.json").get("paused_until") and time.monotonic() < deadline:
         time.sleep(0.05)
     loaded: list[str] = []
-    try:
+    with contextlib.suppress(OSError):  # without a model server the memory is free
         kind, _, loaded = models(settings.target)
         for name in loaded if kind == "ollama" else ():
             ask_once(settings.target, "/api/generate", {"model": name, "keep_alive": 0}, 10.0)
         while loaded and kind == "ollama" and time.monotonic() < deadline:
             time.sleep(0.1)
             loaded = models(settings.target)[2]
-    except OSError as e:
-        print(f"no model server answers at {settings.target} ({e})")
     kept = f"{', '.join(loaded)} stays in memory; stop the model server to free the GPU"
     print(kept if loaded else "the GPU's memory is free")
     return 0
@@ -1135,13 +1129,10 @@ TASK = """\
   <Principals><Principal id="Author"><UserId>{user}</UserId><LogonType>{logon}</LogonType></Principal></Principals>
   <Settings>
     <MultipleInstancesPolicy>IgnoreNew</MultipleInstancesPolicy>
-    <DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries>
-    <StopIfGoingOnBatteries>false</StopIfGoingOnBatteries>
+    <DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries><StopIfGoingOnBatteries>false</StopIfGoingOnBatteries>
     <StartWhenAvailable>true</StartWhenAvailable>
     <IdleSettings><StopOnIdleEnd>false</StopOnIdleEnd><RestartOnIdle>false</RestartOnIdle></IdleSettings>
-    <Hidden>true</Hidden>
-    <ExecutionTimeLimit>PT0S</ExecutionTimeLimit>
-    <Priority>5</Priority>
+    <Hidden>true</Hidden><ExecutionTimeLimit>PT0S</ExecutionTimeLimit><Priority>5</Priority>
     <RestartOnFailure><Interval>PT1M</Interval><Count>999</Count></RestartOnFailure>
   </Settings>
   <Actions Context="Author"><Exec><Command>{python}</Command><Arguments>{arguments}</Arguments></Exec></Actions>
@@ -1386,10 +1377,9 @@ def check(home: Path, flags: dict[str, Any]) -> int:
             print("ok    " + line, flush=True)
         if not is_running(home):  # hold one as long as we ask
             write_atomically(home / "state.json", "{}")
-            flags = [f"--{f.name.replace('_', '-')}={getattr(settings, f.name)}" for f in fields(Settings)[1:]
-                     if getattr(settings, f.name) != f.default]
-            flags.append("--mirror=none")  # root would own a copy that the service's account is to write
-            command = [sys.executable, __file__, "run", *flags, settings.destination]
+            own = vars(replace(settings, mirror="none"))  # root would own a copy that the service's account is to write
+            options = [f"--{name.replace('_', '-')}={own[name]}" for name in own if own[name] and name != "destination"]
+            command = [sys.executable, __file__, "run", *options, settings.destination]
             beside = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         for line in itertools.chain(link_hops(settings, home), url_hops(url) if url else ()):
             print("ok    " + line, flush=True)
