@@ -148,7 +148,7 @@ class Proxy:
                     yield "", line
 
         headers = {"accept": "text/event-stream"}
-        with self.http.stream("POST", "/scatter", json={"prompt": prompt}, headers=headers) as answer:
+        with self.http.stream("POST", "/api/ai-transform", json={"prompt": prompt}, headers=headers) as answer:
             if answer.status_code != 200:
                 answer.read()
             yield events(answer) if answer.status_code == 200 else iter([("refused", answer)])
@@ -412,10 +412,13 @@ def band_texts(events: list[tuple[str, Any]]) -> list[str]:
     return texts
 
 
+STATUSES = {code: status for code, (status, *_) in sp.REFUSALS.items()} | {"rate_limited": 429, "unavailable": 503}
+
+
 def code_of(answer: httpx.Response) -> str:
     """Return an error's code; fail where an answer is not of the one shape of errors."""
     error = answer.json()["error"]
-    assert set(error) == {"code", "message"} and answer.status_code == sp.REFUSALS[error["code"]][0]
+    assert set(error) == {"code", "message"} and answer.status_code == STATUSES[error["code"]]
     return error["code"]
 
 
@@ -2810,6 +2813,34 @@ class Vps:
         pipe = subprocess.PIPE
         return subprocess.Popen(command.split(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
 
+    @contextlib.contextmanager
+    def on(self, space: str) -> Iterator[None]:
+        """Do what follows, in this thread and in what it starts, on the network of the home or of the VPS."""
+        setns = ctypes.CDLL(None).setns  # os.setns is of Python 3.12
+        with open("/proc/thread-self/ns/net") as here, open(f"/run/netns/{space}") as there:
+            assert setns(there.fileno(), 0) == 0
+            try:
+                yield
+            finally:
+                setns(here.fileno(), 0)
+
+    @contextlib.contextmanager
+    def dialled(self, folder: Path, target: str, name: str = "gpu-1") -> Iterator[Proxy]:
+        """Dial in with a real tunnel.py; give the site as a client from there sees it. To be used at home."""
+        self.ssh(folder, "-V").wait()  # writes known_hosts, which is in the tunnel's folder
+        run = ["run", "scatter-tunnel@10.99.0.1", "--identity", folder / "key", "--name", name, "--target", target[7:]]
+        argv, environ = ["python3", HERE / "tunnel.py", *run], {"SCATTER_HOME": str(folder)}
+        with program(*argv, log=folder / "tunnel", ready=" serves at ", **environ):
+            yield self.site()
+
+    def site(self, address: str = "10.99.0.2", url: str = "http://10.99.0.1") -> Proxy:
+        """Return the site, once it answers prompts, as a client at an address sees it."""
+        wait_for(lambda: self.curl("/api/ai-transform/health")[0] == 200, 30, "the tunnel up")
+        site = object.__new__(Proxy)  # what speaks HTTP of it; the process is another's
+        way = httpx.HTTPTransport(local_address=address, limits=httpx.Limits(max_connections=200))
+        site.http = httpx.Client(base_url=url, headers={"host": "shop.test"}, timeout=60, transport=way)
+        return site
+
     def left(self) -> dict[str, tuple[Any, ...]]:
         """Return every file and setting that an installation could leave: mode, owner, a hash of what it holds."""
         found: dict[str, tuple[Any, ...]] = {}
@@ -2832,6 +2863,8 @@ class Vps:
     def close(self) -> None:
         self.run("systemctl poweroff --force --force")
         self.container.wait(30)
+        for group in Path("/sys/fs/cgroup/memory").glob(self.name):  # a test's
+            group.rmdir()
         for step in (f"ip netns del {self.name}", f"ip netns del {self.home}", f"umount -l {self.root} {self.upper}"):
             subprocess.run(step.split(), check=True)
 
@@ -2841,9 +2874,10 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bare Debian with nginx and sshd, the bundle, and the wheels that pip will want. Made once."""
     root = Path(os.environ.get("SCATTER_DEBIAN") or tmp_path_factory.mktemp("debian") / "root")  # one here saves time
     packages = "systemd-sysv,libpam-systemd,polkitd,dbus,openssh-server,nginx-light,python3-venv,iproute2,procps,sudo"
-    packages += ",ca-certificates"
+    packages += ",ca-certificates,python3-certbot-nginx,pebble"  # pebble is an ACME server for tests
     if not root.exists():
-        command = f"mmdebstrap -q --variant=minbase --include={packages} bookworm {root} http://deb.debian.org/debian"
+        options = f"--variant=minbase --skip=cleanup/apt --include={packages}"  # the cache is for --packages
+        command = f"mmdebstrap -q {options} bookworm {root} http://deb.debian.org/debian"
         subprocess.run(command.split(), check=True)
     wheels = re.findall(r'^#  *"([^"]+)"', (HERE / "scatter_proxy.py").read_text(), re.MULTILINE)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "-w", root / "root/wheels", *wheels], check=True)
@@ -2864,72 +2898,65 @@ def vps(debian: Path, tmp_path: Path) -> Iterator[Vps]:
         machine.close()
 
 
+def make_key(folder: Path, name: str) -> str:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", folder / "key"], check=True)
+    return (folder / "key.pub").read_text().strip()
+
+
 @pytest.fixture
 def key(tmp_path: Path) -> str:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "gpu-1", "-f", tmp_path / "key"], check=True)
-    return (tmp_path / "key.pub").read_text().strip()
+    return make_key(tmp_path, "gpu-1")
 
 
-# How much later nginx hands on the first delta of a job than the proxy does, in s: two readers of one job.
-FIRST_DELTA = """
-import http.client, threading, time
-at = {}
-def read(port):
-    call = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    head = {"Host": "shop.test", "Accept": "text/event-stream", "Content-Type": "application/json"}
-    call.request("POST", "/api/ai-transform", "{\\"prompt\\": \\"Plan a party\\"}", head)
-    next(line for line in call.getresponse() if line == b"event: delta\\n")
-    at[port] = time.monotonic()
-    time.sleep(0.2)
-readers = [threading.Thread(target=read, args=[port]) for port in (8461, 80)]
-[one.start() for one in readers], [one.join() for one in readers]
-print(at[80] - at[8461])
-"""
+PUBLISHED = dict.fromkeys(("stats", "page", "transform.js", "health"), 200) | {"log": 404, "pages": 404}
+PRIVATE = dict.fromkeys(("health", "log", "metrics", "scatter", "stats", "transform.js"), 404)
+
+
+def check_published(vps: Vps) -> None:
+    """Check that nginx publishes what it must and nothing else, at once, and that the unit behind it is confined."""
+    assert vps.run("systemd-analyze security --threshold=15 scatter-proxy").returncode == 0
+    paths = {f"api/ai-transform/{path}": wanted for path, wanted in PUBLISHED.items()} | PRIVATE
+    wait_for(lambda: {path: vps.curl(f"/{path}")[0] for path in paths} == paths, 10, f"{paths}")
+    assert '"backends"' not in vps.curl("/api/ai-transform/health")[1]
+
+    def first_delta(site: Proxy, space: str) -> float:
+        with vps.on(space), site.stream("Plan a party !first=1") as events:
+            next(name for name, _ in events if name == "delta")
+            return time.monotonic()
+
+    readers = [(vps.site(), vps.home), (vps.site("127.0.0.1", "http://127.0.0.1:8461"), vps.name)]
+    times = together(2, lambda n: first_delta(*readers[n]))  # of one job: at nginx, and at the proxy itself
+    assert abs(times[0] - times[1]) < 0.05
 
 
 @booted
 def test_vps_whole_life_real(vps: Vps, key: str, tmp_path: Path) -> None:
     install, before = f"vps --domain shop.test --authorize '{key}'", vps.left()
     dry = vps.install(install + " --dry-run")
-    assert "+Match User scatter-tunnel" in dry and "would run: systemctl reload nginx" in dry
+    assert "+Match User scatter-tunnel" in dry and "would run: systemctl reload-or-restart nginx" in dry
     assert vps.changed(before) == set()
     assert "Page: http://shop.test/api/ai-transform/page" in vps.install(install)
-    assert vps.run("systemd-analyze security --threshold=15 scatter-proxy").returncode == 0
     wait_for(lambda: '"no_tunnel"' in vps.curl("/api/ai-transform/health")[1], 5, "nginx with the new configuration")
 
-    vps.ssh(tmp_path, "-V").wait()  # writes known_hosts, which is in the tunnel's folder
-    home = ["ip", "netns", "exec", vps.home]
-    tunnel = [*home, "python3", HERE / "tunnel.py", "run", "scatter-tunnel@10.99.0.1", "--identity", tmp_path / "key"]
     (tmp_path / "large").write_text("x" * 300_000)
-    with program(*home, SCRIPT, "model", 0, log=tmp_path / "model", ready="listening on http.*slots: "):
-        target = re.findall(r"listening on http://(\S+), slots", (tmp_path / "model").read_text())[0]
-        more = ["--target", target, "--name", "gpu-1"]
-        with program(*tunnel, *more, log=tmp_path / "tunnel", ready=" serves at ", SCATTER_HOME=str(tmp_path)):
-            wait_for(lambda: vps.curl("/api/ai-transform/health")[0] == 200, 30, "the tunnel up")
-            post = ["-H", "content-type: application/json", "-d", '{"prompt": "Plan a picnic"}']
-            check_document(vps.curl("/api/ai-transform", *post)[1])
-            public = {"api/ai-transform/stats": 200, "api/ai-transform/page": 200, "api/ai-transform/transform.js": 200}
-            private = dict.fromkeys(("health", "log", "metrics", "scatter", "api/ai-transform/log"), 404)
-            assert all(vps.curl(f"/{path}")[0] == wanted for path, wanted in {**public, **private, "": 302}.items())
-            assert '"backends"' not in vps.curl("/api/ai-transform/health")[1]
-            assert vps.curl("/api/ai-transform", "-d", f"@{tmp_path}/large")[0] == 413
-            assert abs(float(vps.run(f"python3 -c '{FIRST_DELTA}'").stdout)) < 0.05
+    ready = "listening on http.*slots: "
+    with vps.on(vps.home), program(SCRIPT, "model", 0, log=tmp_path / "model", ready=ready):
+        target = re.findall(r"listening on (http://\S+), slots", (tmp_path / "model").read_text())[0]
+        with vps.dialled(tmp_path, target) as site:
+            check_document(site.post("Plan a picnic").content)
+            check_published(vps)
+            assert vps.curl("/")[0] == 302 and vps.curl("/api/ai-transform", "-d", f"@{tmp_path}/large")[0] == 413
             pids = "systemctl show -P MainPID -P NRestarts scatter-proxy nginx ssh; pgrep -x nginx"
             then, said = vps.run(pids).stdout, vps.install(install)
             assert {line.split(":")[0] for line in said.split("\n\n")[0].splitlines()} == {"unchanged"}
             assert vps.run(pids).stdout == then
-            limited = [vps.curl("/api/ai-transform", *post) for _ in range(9)][-1]
-            assert limited[0] == 429 and json.loads(limited[1])["error"]["code"] == "rate_limited"
-    vps.run("systemctl stop scatter-proxy")
-    status, said = vps.curl("/api/ai-transform/health")
-    assert status == 503 and json.loads(said)["error"]["code"] == "unavailable"
     assert "/var/log/private/scatter" in vps.install("uninstall")
     assert (vps.root / "var/log/private/scatter/scatter-api.jsonl").stat().st_size > 0
     assert vps.changed(before) == set() and vps.install("uninstall") == "nothing to remove\n"
 
 
 @booted
-def test_vps_site_that_is_there_real(vps: Vps) -> None:
+def test_vps_site_that_is_there_real(vps: Vps, key: str, tmp_path: Path) -> None:
     site = vps.root / "etc/nginx/sites-available/default"
     site.write_text("server {\n  listen 80 default_server;\n  server_name www.x shop.test;\n  root /var/www/html;\n}\n")
     (vps.root / "var/www/html/index.html").write_text("the shop\n")
@@ -2937,16 +2964,87 @@ def test_vps_site_that_is_there_real(vps: Vps) -> None:
     before = vps.left()
     assert "conflicting server name" in vps.install("vps --domain shop.test", status=1)
     assert not [name for name in vps.changed(before) if "nginx" in name]
-    said = vps.install("vps --domain shop.test --site /etc/nginx/sites-enabled/default")
+    said = vps.install(f"vps --domain shop.test --site /etc/nginx/sites-enabled/default --authorize '{key}'")
     assert f"wrote: /{site.relative_to(vps.root)}" in said
     wait_for(lambda: vps.curl("/api/ai-transform/page")[0] == 200, 5, "nginx with the new configuration")
-    assert vps.curl("/")[1] == "the shop\n" and vps.curl("/api/ai-transform/pages")[0] == 404
+    with vps.on(vps.home), Fake() as model, vps.dialled(tmp_path, model.url) as shop:
+        check_document(shop.post("Plan a picnic").content)
+        check_published(vps)
+    assert vps.curl("/")[1] == "the shop\n"
     assert site.read_text().count("# scatter") == 1 and "wrote" not in vps.install("vps")  # the site is remembered
     vps.install("uninstall")
     assert vps.changed(before) == set() and vps.curl("/")[1] == "the shop\n"
 
 
-FAULTS = {  # what breaks it: (what mends it, what must be said)
+@booted
+def test_vps_keeps_serving_through_upgrades_and_floods_real(vps: Vps, key: str, tmp_path: Path) -> None:
+    vps.install(f"vps --domain shop.test --authorize '{key}'")
+    subprocess.run(f"ip -n {vps.home} addr add 10.99.0.3/24 dev v0".split(), check=True)
+    with vps.on(vps.home), Fake() as model, vps.dialled(tmp_path, model.url) as site:
+        other, away, script = vps.site("10.99.0.3"), [], vps.root / "root/scatter/scatter_proxy.py"
+        for prompt in ("new !pace=0.01", "newer !pace=0.01"):
+            script.write_text(script.read_text() + "# newer\n")
+            with ThreadPoolExecutor() as pool, site.stream(prompt) as events:
+                next(events)
+                upgrade, times = pool.submit(vps.install, "vps"), [time.monotonic()]
+                while not upgrade.done() or times[-1] > time.monotonic() - 1:  # a second longer than it takes
+                    if other.http.get("/api/ai-transform/health").status_code != 200:
+                        times.append(time.monotonic())
+                    time.sleep(0.08)
+                assert "started: scatter-proxy" in upgrade.result() and list(events)[-1][0] == "done"
+            away.append(times[-1] - times[1])
+        print(f"upgrades: away for {away} s")
+        assert min(away) <= 2  # 0.8 s on two cores shared with four others; twice that where it is busier still
+        vps.run("sed -i s/360s/2s/ /etc/scatter/nginx-proxy.conf; systemctl restart nginx")  # no minutes until a 504
+        with site.stream("one !first=1") as first, site.stream("two") as second:
+            assert [next(first)[0], next(second)[0]] == ["started", "queued"]
+            third = site.post("three")  # refused by limit_conn
+            assert code_of(third) == "rate_limited" and third.headers["retry-after"] == "5"
+            assert other.post("four").status_code == 200
+            assert [list(first)[-1][0], list(second)[-1][0]] == ["done", "done"]
+        with ThreadPoolExecutor(16) as pool:
+            flood = [pool.submit(site.post, f"flood {n}") for n in range(800)]
+            served = [other.post(f"honest {n}") for n in range(3)]
+            assert not flood[-1].done() and all(one.elapsed.total_seconds() < 1 for one in served)
+        codes = Counter(one.result().status_code for one in flood)
+        print(f"flood: {codes}; another address: {[one.elapsed.total_seconds() for one in served]} s")
+        assert {one.status_code for one in served} == {200} and codes.keys() <= {200, 429} and codes[200] < 8
+        vps.run("systemctl kill -s STOP scatter-proxy")
+        assert code_of(other.http.get("/api/ai-transform/health")) == "timed_out"
+        vps.run("systemctl kill -s KILL scatter-proxy; systemctl stop scatter-proxy")
+        assert code_of(other.http.get("/api/ai-transform/health")) == "unavailable"
+
+
+ACME = """cd $(mktemp -d); ALT=subjectAltName=DNS:localhost; echo 127.0.0.1 localhost shop.test old.test >/etc/hosts
+openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out /run/acme.crt -subj /CN=localhost -addext $ALT
+echo '{"pebble": {"listenAddress": "127.0.0.1:14000", "certificate": "/run/acme.crt", "privateKey": "'$PWD/key'",' >conf
+echo '"httpPort": 80, "tlsPort": 443}}' >>conf
+systemd-run --unit=acme -E PEBBLE_VA_NOSLEEP=1 -E PEBBLE_WFE_NONCEREJECT=0 pebble -config $PWD/conf"""
+CERTBOT = """REQUESTS_CA_BUNDLE=/run/acme.crt certbot -n --server https://localhost:14000/dir --nginx --redirect
+--agree-tos --register-unsafely-without-email -d """.replace("\n", " ")
+
+
+@booted
+def test_vps_certbot_works_on_what_we_wrote_real(vps: Vps) -> None:
+    if not (vps.root / "usr/bin/pebble").exists():
+        pytest.skip("this tree has no certbot and pebble")
+    vps.run(ACME)
+    (vps.root / "etc/nginx/sites-available/default").write_text("server {\n  listen 80;\n  server_name old.test;\n}\n")
+    vps.run("systemctl reload nginx")
+    wait_for(lambda: vps.run("ss -Hltn sport = :14000").stdout, 10, "the ACME server")
+    for name, own, more in (("shop.test", "zz-scatter", ""), ("old.test", "default", " --site {}")):
+        site = f"/etc/nginx/sites-enabled/{own}"
+        vps.install(install := f"vps --domain {name}{more.format(site)}")
+        assert "Congratulations" in (ran := vps.run(CERTBOT + name)).stdout, ran.stderr
+        assert "managed by Certbot" in vps.run(f"cat {site}").stdout and "wrote:" not in vps.install(install)
+        secure = f"ip netns exec {vps.home} curl -sk --resolve {name}:443:10.99.0.1 https://{name}/api/ai-transform/health"
+        assert '"no_tunnel"' in finished(secure.split()).stdout
+        vps.install("uninstall")
+        assert "# scatter" not in vps.run("nginx -T").stdout and vps.run("nginx -t").returncode == 0
+    assert "managed by Certbot" in vps.run(f"cat {site}").stdout  # the site's owner keeps what is certbot's
+
+
+BAD_STARTS = {  # what breaks it: (what mends it, what must be said)
     "mv /usr/sbin/nginx /root/nginx": ("mv /root/nginx /usr/sbin/nginx", "sudo apt-get install nginx"),
     "echo oops >/etc/nginx/conf.d/x.conf": ("rm /etc/nginx/conf.d/x.conf", "nginx -t fails already"),
     "echo Oops >/etc/ssh/sshd_config.d/x.conf": ("rm /etc/ssh/sshd_config.d/x.conf", "sshd -t fails already"),
@@ -2954,6 +3052,7 @@ FAULTS = {  # what breaks it: (what mends it, what must be said)
     "mount --bind /dev/null /etc/ssh/sshd_config": ("umount /etc/ssh/sshd_config", "lacks this line"),
     "systemd-run -q --unit=thief python3 -m http.server --bind 127.0.0.1 8461; sleep 1": (
         "systemctl stop thief", "port 8461 is taken"),
+    "mv /usr/lib/python3.*/ensurepip /root": ("mv /root/ensurepip /usr/lib/python3.*/", "apt-get install python3-venv"),
     "mount -t tmpfs -o size=1m none /opt": ("umount /opt", "less than 100 MiB"),
 }  # fmt: skip
 
@@ -2970,11 +3069,18 @@ def test_vps_bad_starts_real(vps: Vps, key: str) -> None:
         assert ran.returncode in (1, 2) and re.search("is no domain|plain characters", ran.stderr), domain
     vps.run("cp -r /root/scatter /tmp")
     assert "not root" in vps.run("su -s /bin/sh nobody -c '/tmp/scatter/install.sh vps'").stderr
-    for fault, (mend, reason) in FAULTS.items():
+    for fault, (mend, reason) in BAD_STARTS.items():
         vps.run(fault)
         assert reason in vps.install(f"vps --domain shop.test --authorize '{key}'", status=1)
         vps.run(mend)
     assert vps.changed(before) == set()
+    vps.run("dpkg -P $(dpkg-query -W -f '${Package} ' '*nginx*'); cd /var/cache/apt/archives; mv nginx-common* /root")
+    before = vps.left()
+    assert "apt-get failed" in vps.install("vps --domain shop.test --packages", status=1)  # for want of a network
+    assert not [name for name in vps.changed(before) if "var/lib/apt" not in name]
+    vps.run("mv /root/nginx-common* /var/cache/apt/archives")
+    vps.install("vps --domain shop.test --packages")
+    wait_for(lambda: '"no_tunnel"' in vps.curl("/api/ai-transform/health")[1], 10, "nginx from its package")
 
 
 @booted
@@ -2990,6 +3096,12 @@ def test_vps_refusal_is_put_back_real(vps: Vps) -> None:
         script.write_text(sound.replace(old, new))
         assert f"{daemon} refuses" in vps.install("vps", status=1)
         assert vps.changed(before) <= {"opt/scatter/install.sh"}, new
+    script.write_text(sound.replace("12r/m", "13r/m"))
+    full = "mount -t tmpfs -o size=8k none conf.d; cp /tmp/conf.d/* conf.d; cat /dev/zero >conf.d/full"
+    vps.run(f"cd /etc/nginx; cp -a conf.d /tmp; {full}")
+    assert "No space left" in vps.install("vps", status=1)  # the disk was not full yet when it was looked at
+    vps.run("umount /etc/nginx/conf.d")
+    assert vps.changed(before) <= {"opt/scatter/install.sh"}
     script.write_text(sound)
     (vps.root / "root/scatter/scatter.env").write_text("SCATTER_QUEUE=none\n")
     assert "--queue" in vps.install("vps", status=1).lower().replace("scatter_queue", "--queue")
@@ -3015,14 +3127,22 @@ def test_vps_tunnel_account_real(vps: Vps, key: str, tmp_path: Path) -> None:
             ssh.terminate()
             wait_for(lambda: not vps.run(listening).stdout, 10, "the listener gone")
     assert vps.run("stat -c '%U:%G %a' /run/scatter/backends").stdout == "scatter-tunnel:scatter 2750\n"
-    vps.install("vps --revoke gpu-1")  # which also ends what is connected
-    assert ssh.wait(10) == 255 and (vps.root / "etc/scatter/authorized_keys").read_text() == ""
+    (folder := tmp_path / "other").mkdir()
+    other = make_key(folder, "gpu-2")
+    assert "another key has the name gpu-1" in vps.install(f"vps --authorize '{other[:-1]}1'", status=1)
+    vps.install(f"vps --authorize '{other}'")
+    with vps.on(vps.home), Fake() as model, vps.dialled(folder, model.url, "gpu-2"):
+        vps.install("vps --revoke gpu-1")  # which also ends what is connected
+        keys = (vps.root / "etc/scatter/authorized_keys").read_text()
+        assert ssh.wait(10) == 255 and keys.endswith(f" {other}\n") and keys.count("\n") == 1
+        wait_for(lambda: len(re.findall(" serves at ", (folder / "tunnel").read_text())) == 2, 10, "dialled again")
+        assert vps.site().post("still here").status_code == 200
     assert "Permission denied" in vps.ssh(tmp_path, "-N").communicate(timeout=20)[1]
 
 
 @booted
-def test_vps_unit_survives_real(vps: Vps) -> None:
-    vps.install("vps --domain shop.test")
+def test_vps_unit_survives_real(vps: Vps, key: str, tmp_path: Path) -> None:
+    vps.install(f"vps --domain shop.test --authorize '{key}'")
 
     def served_by() -> str:
         pid = vps.run("systemctl show -P MainPID scatter-proxy").stdout.strip()
@@ -3032,6 +3152,26 @@ def test_vps_unit_survives_real(vps: Vps) -> None:
         gone = {"", wait_for(served_by, 10, "serving")}
         vps.run(f"kill {blow} {max(gone)}")
         wait_for(lambda gone=gone: served_by() not in gone, 45, f"another process after kill {blow}")
+    if (group := Path("/sys/fs/cgroup/memory", vps.name)).parent.is_dir():  # from outside: inside it cannot be set
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text("16M")
+        (group / "cgroup.procs").write_text(vps.init)  # what it starts from now on is in there
+        vps.run("systemctl kill -s KILL scatter-proxy")
+        wait_for(lambda: "oom_kill 0" not in (group / "memory.oom_control").read_text(), 20, "killed by the kernel")
+        (group / "memory.limit_in_bytes").write_text("1G")
+        wait_for(served_by, 20, "serving after the kernel's kill")
+    full = "mount -t tmpfs -o size=8k none {0}; cat /dev/zero >{0}/full".format("/var/log/private/scatter")
+    vps.run(f"systemctl stop scatter-proxy; {full}; systemctl start scatter-proxy")
+    with vps.on(vps.home), Fake() as model:
+        ssh = vps.ssh(tmp_path, f"-N -R 127.0.0.1:11434:{model.url[7:]}")  # the article's plain tunnel, to the port
+        site, told = vps.site(), "cat /var/log/scatter-api.jsonl"
+        assert [site.post(f"full {n}").status_code for n in range(3)] == [200] * 3 and not vps.run(told).stdout
+        vps.run("rm /var/log/scatter/full")
+        assert site.post("room again").status_code == 200
+        assert vps.run("systemd-analyze security --threshold=15 scatter-proxy").returncode == 0
+        assert json.loads(vps.run(told).stdout.splitlines()[-1])["backend"] == "127.0.0.1:11434"
+        ssh.terminate()
+    vps.run("systemctl stop scatter-proxy; umount /var/log/private/scatter")
     vps.run("echo SCATTER_QUEUE=none >/etc/scatter/scatter.env; systemctl restart scatter-proxy")
     wait_for(lambda: vps.run("systemctl is-failed scatter-proxy").stdout == "failed\n", 10, "no restarts after exit 2")
     vps.run("echo >/etc/scatter/scatter.env; systemctl poweroff")
