@@ -2838,7 +2838,7 @@ class Vps:
         wait_for(lambda: self.curl("/api/ai-transform/health")[0] == 200, 30, "the tunnel up")
         site = object.__new__(Proxy)  # what speaks HTTP of it; the process is another's
         way = httpx.HTTPTransport(local_address=address, limits=httpx.Limits(max_connections=200))
-        site.http = httpx.Client(base_url=url, headers={"host": "shop.test"}, timeout=60, transport=way)
+        site.http = httpx.Client(base_url=url, headers={"host": "shop.test"}, timeout=120, transport=way)
         return site
 
     def left(self) -> dict[str, tuple[Any, ...]]:
