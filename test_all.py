@@ -2990,7 +2990,7 @@ def test_vps_keeps_serving_through_upgrades_and_floods_real(vps: Vps, key: str, 
                 while not upgrade.done() or times[-1] > time.monotonic() - 1:  # a second longer than it takes
                     if other.http.get("/api/ai-transform/health").status_code != 200:
                         times.append(time.monotonic())
-                    time.sleep(0.08)
+                    time.sleep(0.1)  # more often is over nginx's limit
                 assert "started: scatter-proxy" in upgrade.result() and list(events)[-1][0] == "done"
             away.append(times[-1] - times[1])
         print(f"upgrades: away for {away} s")
@@ -3026,8 +3026,6 @@ CERTBOT = """REQUESTS_CA_BUNDLE=/run/acme.crt certbot -n --server https://localh
 
 @booted
 def test_vps_certbot_works_on_what_we_wrote_real(vps: Vps) -> None:
-    if not (vps.root / "usr/bin/pebble").exists():
-        pytest.skip("this tree has no certbot and pebble")
     vps.run(ACME)
     (vps.root / "etc/nginx/sites-available/default").write_text("server {\n  listen 80;\n  server_name old.test;\n}\n")
     vps.run("systemctl reload nginx")
@@ -3162,7 +3160,7 @@ def test_vps_unit_survives_real(vps: Vps, key: str, tmp_path: Path) -> None:
         (group / "memory.limit_in_bytes").write_text("1G")
         wait_for(served_by, 20, "serving after the kernel's kill")
     full = "mount -t tmpfs -o size=8k none {0}; cat /dev/zero >{0}/full".format("/var/log/private/scatter")
-    vps.run(f"systemctl stop scatter-proxy; {full}; systemctl start scatter-proxy")
+    vps.run(f"systemctl stop scatter-proxy; {full}; systemctl start scatter-proxy")  # from its first line on
     with vps.on(vps.home), Fake() as model:
         ssh = vps.ssh(tmp_path, f"-N -R 127.0.0.1:11434:{model.url[7:]}")  # the article's plain tunnel, to the port
         site, told = vps.site(), "cat /var/log/scatter-api.jsonl"
