@@ -71,7 +71,7 @@ import h11
 import httpx
 import pytest
 import sinc_prompt
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -653,6 +653,30 @@ def test_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPat
         asyncio.run(sp.read_body(receive))
 
 
+ROUTES = ["/scatter", "/api/ai-transform", "/health", "/stats", "/metrics", "/", "/transform.js", "/log", "/log.1", "/x%00"]
+WORDS = st.sampled_from(["text/event-stream", "application/json", "same-origin", "bytes=0-", "bytes=9-1,0-", "null", "close"])
+WORDS |= st.text(st.characters(min_codepoint=9, max_codepoint=255), max_size=20)
+NAMES = st.sampled_from("Accept Origin Sec-Fetch-Site Content-Type Range If-Range Expect Upgrade Transfer-Encoding".split())
+JSONS = st.recursive(st.none() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+CONTENT = st.text().map(lambda text: {"prompt": text}).map(json.dumps) | JSONS.map(json.dumps)
+
+
+@budget(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.sampled_from("POST POST GET HEAD PUT".split()), st.sampled_from(ROUTES), st.dictionaries(NAMES, WORDS), CONTENT)
+def test_no_request_hangs_or_fails_the_service(
+    front: Proxy, method: str, path: str, headers: dict[str, str], content: str
+) -> None:
+    headers = {"Content-Type": "application/json", **headers, "Host": "x", "Connection": "close"}
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    request = f"{method} {path} HTTP/1.1\r\n{head}Content-Length: {len(content)}\r\n\r\n{content}"
+    began, answer = time.monotonic(), raw(front.url, request.encode("latin-1", "replace"))
+
+    (status,) = map(int, re.findall(rb"HTTP/1.1 ([2-5]\d\d)", answer))
+    assert status < 500 and time.monotonic() - began < 2
+    if status >= 400 and method != "HEAD" and not path.startswith("/log"):
+        assert status in {known for known, _ in sp.REFUSALS.values()} and b'{"error":{"code":' in answer
+
+
 def test_slow_and_deaf_clients_are_cut_and_hold_up_nobody_real(tmp_path: Path) -> None:
     with chain(tmp_path) as (server, _), contextlib.ExitStack() as held:
 
@@ -892,6 +916,13 @@ def test_broken_answer_is_told_and_the_next_is_served_real(tmp_path: Path) -> No
         assert Counter(r["code"] for r in server.log() if "code" in r)["ok"] == len(ANSWERS) + 1
 
 
+def test_link_that_broke_for_one_refuses_no_other(tmp_path: Path) -> None:
+    with chain(tmp_path, "--slots", 16) as (server, _):
+        answers = together(16, lambda n: [server.post(f"{n} {i} {'!raw=nothing' * (n < 4)}") for i in range(8)])
+
+        assert {answer.status_code for tries in answers[4:] for answer in tries} == {200}
+
+
 def test_second_seed_mends_a_bad_answer(front: Proxy, fake: Fake) -> None:
     answer = front.post("mended !garbage_at=42")
 
@@ -1017,6 +1048,20 @@ def test_queue_is_bounded_fair_and_honest(tmp_path: Path) -> None:
         places = sorted([data["position"] for name, data in events if name == "queued"] for events in served)
         assert sorted(told[0] for told in places) == list(range(1, 33))
         assert all(told == list(range(told[0], 0, -1)) for told in places)
+
+
+def test_client_that_is_told_when_gets_in_then_real(tmp_path: Path) -> None:
+    with chain(tmp_path) as (server, _), ThreadPoolExecutor(100) as pool:
+        server.post("pace !first=0.1")
+        greedy = [pool.submit(server.post, f"greedy {n} !first={0.1 if n else 1}") for n in range(100)]
+        wait_for(lambda: server.health()["queue"]["waiting"] == 32, 5)
+        told = server.post("other !first=0.1")
+        assert code_of(told) == "busy" and 2 <= int(told.headers["retry-after"]) <= 8  # 33 jobs of 0.1 s and more
+        time.sleep(int(told.headers["retry-after"]))
+        served = server.post("other !first=0.1")
+
+        assert served.status_code == 200 and served.elapsed.total_seconds() < 1
+        assert Counter(one.result().status_code for one in greedy) == {200: 33, 503: 67}
 
 
 def test_waiter_that_leaves_frees_its_place_unseen(tmp_path: Path) -> None:
@@ -1239,6 +1284,82 @@ def test_stop_lets_the_running_end_and_tells_the_others(tmp_path: Path) -> None:
         assert code_of(server.post("new")) == "stopping"  # the door is still open
         assert running.result(20).status_code == 200
         assert server.process.wait(5) == 0
+
+
+SOAK = int(os.environ.get("SCATTER_SOAK", "2000"))  # requests; 20,000 take five minutes
+TASKS = """import asyncio
+def tick(queue, now, tick=sp.Queue.tick):
+    print(len(asyncio.all_tasks()), file=open({!r}, "w"))
+    tick(queue, now)
+sp.Queue.tick = tick"""
+
+
+async def soak_client(port: int, number: int, count: int, told: Counter[Any]) -> None:
+    """Ask so often, one after the other: a fifth is aborted, a tenth meets a fault; count what came of each."""
+    chance, faults = random.Random(number), [*ANSWERS][:-3] + ["drop", "error", "garbage", "unfinished"]
+    line = None
+    for n in range(count):
+        kind = chance.choices(["good", "fault", "half", "stream", "plain"], [14, 2, 1, 2, 1])[0]
+        fault = chance.choice(faults)
+        order = {"good": "", "fault": f"!raw={fault}" if fault in ANSWERS else f"!{fault}"}.get(kind, "!pace=0.001")
+        body = b'{"prompt": "%d %d %s"}' % (number, n, order.encode())
+        head = WHOLE[: -len(PROMPT)].replace(b"17", b"%d" % len(body))
+        if kind == "stream" or chance.random() < 0.3:
+            head = head.replace(b"Host: x", b"Host: x\r\nAccept: text/event-stream")
+        line = line or await asyncio.open_connection("127.0.0.1", port)
+        line[1].write(head + (body if kind != "half" else body[:9]))
+        if kind in ("good", "fault", "stream"):
+            start = await line[0].readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", start)
+            if kind != "stream":
+                text = await (line[0].readexactly(int(length[1])) if length else line[0].readuntil(b"\r\n0\r\n\r\n"))
+                told[kind, start[9:12] == b"200" and b"event: error" not in text] += 1
+                continue
+            told["stream", b" 200 " in start] += 1
+        told["plain"] += kind == "plain"
+        await asyncio.sleep(chance.random() * 0.01)
+        line = line[1].transport.abort() if n % 2 else line[1].close()
+
+
+def test_soak_real(tmp_path: Path) -> None:
+    def idle() -> tuple[int, int]:
+        return int(server.gauge("process_open_fds")), int((tmp_path / "tasks").read_text() or 0)
+
+    async def soak(fakes: list[Fake], count: int) -> None:
+        port, began = int(server.url.split(":")[2]), time.monotonic()
+        clients = [asyncio.create_task(soak_client(port, n, count // 32, told)) for n in range(32)]
+        while not all(client.done() for client in clients):  # two of three backends come and go
+            assert time.monotonic() - began < 20 + count / 20, told
+            flapping = random.choice(fakes[1:])
+            await asyncio.to_thread(flapping.close)
+            await asyncio.wait(clients, timeout=0.5)
+            await asyncio.to_thread(flapping.open)
+            await asyncio.wait(clients, timeout=2)
+        await asyncio.gather(*clients)
+
+    (tmp_path / "backends").mkdir()
+    told: Counter[Any] = Counter()
+    memory, setup = [], TASKS.format(str(tmp_path / "tasks"))
+    with proxy(tmp_path, "--backend", "none", "--slots", 16, "--cache", 0.5, setup=setup) as server:
+        wait_for(lambda: (tmp_path / "tasks").exists(), 2)
+        before = idle()
+        for count in (SOAK // 4, SOAK):  # the first fills cache and allocator
+            with contextlib.ExitStack() as stack:
+                fakes = [stack.enter_context(Fake(tmp_path / "backends" / f"{name}.sock")) for name in "abc"]
+                server.up(3)
+                asyncio.run(soak(fakes, count))
+                wait_for(lambda: server.health()["queue"]["running"] == 0, 5)
+                memory.append(server.rss())
+            for fake in fakes:
+                fake.where.unlink(missing_ok=True)
+            wait_for(lambda: idle() == before, 10, f"descriptors and tasks as before: {before}")
+        codes = Counter(line["code"] for line in server.log() if "code" in line)
+        stats, said = server.http.get("/stats").json()["codes"], (tmp_path / "proxy.out").read_text()
+    print(f"{told}, {codes}, descriptors and tasks {before}, MB {[round(rss / 1e6, 1) for rss in memory]}")
+    served, asked = told["good", True], told["good", True] + told["good", False]
+    sure = asked + told["fault", True] + told["fault", False] + told["stream", True] + told["stream", False]
+    assert served >= 0.95 * asked > SOAK / 2 and "Traceback" not in said and memory[1] - memory[0] < 8e6
+    assert codes == stats and sure <= codes.total() <= sure + told["plain"]
 
 
 # --- log and stats ------------------------------------------------------------
