@@ -3882,10 +3882,10 @@ class Bench(contextlib.ExitStack):
         self.folder = folder
         self.model = self.enter_context(apart(serve_instant))[0]
 
-    def ours(self, *flags: Any, model: str = "", name: str = "ours") -> Proxy:
+    def ours(self, *flags: Any, model: str = "", name: str = "ours", count: int = 1) -> Proxy:
         """Return our proxy, before the model server if no other is named."""
         flags = ("--backend", "http://" + (model or self.model), "--slots", 16, *flags)
-        return self.enter_context(proxy(self.folder / name, *flags)).up()
+        return self.enter_context(proxy(self.folder / name, *flags)).up(count)
 
     def compared(self, code: str) -> tuple[str, int]:
         """Run BARE or ARTICLE; return its URL and process."""
@@ -4067,7 +4067,7 @@ class Bench(contextlib.ExitStack):
         (self.folder / "log" / "log.jsonl").write_bytes(b'{"ts": 1.123, "prompt_len": 9, "tokens": 40}\n' * 1_330_000)
         first = self.ours("--slots", 64)
         runs = {f"{n} clients": (first, n) for n in (1, 4, 16, 64)} | {"60 MB of log": (self.ours(name="log"), 16)}
-        runs |= {f"{n + 1} backends": (self.ours(*more[:n], name=f"{n}").up(n + 1), 16) for n in (1, 3)}
+        runs |= {f"{n + 1} backends": (self.ours(*more[:n], name=f"{n}", count=n + 1), 16) for n in (1, 3)}
         runs["10,000 documents"] = self.ours("--cache", 100, name="kept"), 16
         Load(runs["10,000 documents"][0].url + "/scatter", unique(10_000), 16)
         found = turns({k: asks(p.url + "/scatter", 600, n, pid=p.process.pid) for k, (p, n) in runs.items()})
