@@ -3328,8 +3328,9 @@ class Home(Vps):
         self.run(f"su - {user} -c 'echo \"{known}\" >~/.ssh/known_hosts'")
         far.run(f"su - {there} -c 'mkdir -p ~/.ssh && echo {key} >>~/.ssh/authorized_keys'")
 
-    def setup(self, flags: str = "") -> str:
-        ran = self.run(f"python3 /srv/tunnel.py setup root@10.99.0.1 --domain shop.test --model fake-8b {flags}")
+    def setup(self, flags: str = "", at: str = "/srv") -> str:
+        command = f"umask 077; python3 {at}/tunnel.py setup root@10.99.0.1 --domain shop.test --model fake-8b {flags}"
+        ran = self.run(command)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
 
@@ -3374,16 +3375,18 @@ def test_setup_from_ssh_access_to_a_url_and_back_real(vps: Vps, debian: Path, tm
             vps.run("sh /opt/scatter/install.sh uninstall")
             wait_for(lambda: "host_key_changed" in home.run(f"{script} status").stdout, 10, "another machine")
             home.may_log_in(vps, "root", "root")
-            assert re.search(SERVED, home.setup())
+            assert re.search(SERVED, home.setup(at="/usr/local/lib/scatter"))
             key = (vps.root / "etc/ssh/ssh_host_ed25519_key.pub").read_text().split()[1]
             assert key in (own / "known_hosts").read_text() and len((own / "known_hosts").read_text().split("\n")) == 4
 
-            # another workstation, here another user; his account there may sudo with a password
+            # another workstation, here another user, whose ssh is to ask for a password: once; then sudo does
             home.may_log_in(vps, "me", "admin")
+            home.run("su - me -c 'echo PreferredAuthentications password >~/.ssh/config'")
             second = "python3 /srv/tunnel.py setup admin@10.99.0.1 --domain shop.test --model fake-8b"
-            person = Demo("nsenter", "-t", home.init, "-a", "--", "su", "-", "me", "-c", second)
-            person.says("password for admin: ", 30)
-            os.write(person.terminal, b"secret\n")
+            person = Demo("nsenter", "-t", home.init, "-a", "--", "su", "-", "me", "--session-command", second)
+            for question in ("'s password: ", "password for admin: "):
+                person.says(question, 30)
+                os.write(person.terminal, b"secret\n")
             person.says(SERVED, 60)
             assert os.waitpid(person.pid, 0)[1] == 0
             health = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8461/health').read().decode())"

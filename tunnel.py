@@ -64,10 +64,7 @@ PORT = r"(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]
 
 
 class Fatal(Exception):
-    """One line for a person: what was seen, with the value, and what to do. Ends the command with status 1, or with 2.
-
-    2, as second argument: for a setting that cannot work.
-    """
+    """One line for a person: what was seen, with the value, and what to do; and 2, the status for a bad setting."""
 
 
 def option(default: Any, pattern: str, help: str) -> Any:
@@ -1234,6 +1231,7 @@ def install(home: Path, flags: dict[str, Any]) -> int:
         completed(settings, home)  # makes the key
     own = Path(__file__).absolute()
     files.update((c, own.with_name(c.name).read_text("utf-8")) for c in copies if own.with_name(c.name).exists())
+    os.umask(0o022)  # the service's account is to read the folder of the script
     changed = [put(path, text, dry_run) for path, text in files.items()]
     state = read_json(home / "state.json")
     if any(changed) or not state.get("up_since") or not is_running(home):  # what setup has mended is dialled now
