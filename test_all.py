@@ -447,23 +447,19 @@ def test_setting_that_cannot_work_is_one_line_and_exit_2(flags: str, capsys: pyt
     assert said.startswith(f"error: {flags.split()[0]}") and flags.split()[1] in said
 
 
-FLAGS = st.sampled_from([f"--{f.name.replace('_', '-')}" for f in fields(sp.Settings)] + ["--x", "-h=", "stats", "--"])
+FLAGS = st.sampled_from([f.name for f in fields(sp.Settings)])
 VALUES = st.text(max_size=9) | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["none", "schema", "²"])
 
 
 @budget(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(FLAGS, VALUES), max_size=4), st.dictionaries(FLAGS, VALUES, max_size=2))
-def test_settings_are_within_their_limits_or_refused(flags: list[tuple[str, str]], variables: dict[str, str]) -> None:
-    environ = {f"SCATTER_{name[2:].replace('-', '_').upper()}": value for name, value in variables.items()}
-    try:
-        settings = sp.parse_settings([f"{flag}={value}" for flag, value in flags], environ)
-    except sp.Unable as exc:
-        assert exc.status == 2
-    else:
+@given(st.dictionaries(FLAGS, VALUES, max_size=3), st.dictionaries(FLAGS, VALUES, max_size=2))
+def test_settings_are_within_their_limits_or_refused(flags: dict[str, str], variables: dict[str, str]) -> None:
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    with contextlib.suppress(sp.Unable):
+        settings = sp.parse_settings(argv, {f"SCATTER_{name.upper()}": value for name, value in variables.items()})
         for setting in fields(settings):
-            value, limits = getattr(settings, setting.name), setting.metadata["limits"]
-            assert type(value) is type(setting.default)
-            assert len(limits) == 1 or limits[0] <= value <= limits[1]
+            value, (low, *high) = getattr(settings, setting.name), setting.metadata["limits"]
+            assert type(value) is type(setting.default) and (not high or low <= value <= high[0])
 
 
 def test_taken_port_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -653,28 +649,23 @@ def test_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPat
         asyncio.run(sp.read_body(receive))
 
 
-ROUTES = ["/scatter", "/api/ai-transform", "/health", "/stats", "/metrics", "/", "/transform.js", "/log", "/log.1", "/x%00"]
-WORDS = st.sampled_from(["text/event-stream", "application/json", "same-origin", "bytes=0-", "bytes=9-1,0-", "null", "close"])
-WORDS |= st.text(st.characters(min_codepoint=9, max_codepoint=255), max_size=20)
-NAMES = st.sampled_from("Accept Origin Sec-Fetch-Site Content-Type Range If-Range Expect Upgrade Transfer-Encoding".split())
-JSONS = st.recursive(st.none() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
-CONTENT = st.text().map(lambda text: {"prompt": text}).map(json.dumps) | JSONS.map(json.dumps)
+ROUTES = "/scatter /api/ai-transform /health /stats /metrics / /transform.js /log /x%00"
+NAMES = "Accept Origin Sec-Fetch-Site Content-Type Range If-Range Expect Upgrade Transfer-Encoding"
+WORDS = st.text(st.characters(max_codepoint=255), max_size=20) | st.sampled_from(["text/event-stream", "bytes=9-1"])
+JSONS = st.recursive(st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+HEADS = st.tuples(st.sampled_from(["POST", "POST", "GET", "PUT"]), st.sampled_from(ROUTES.split()))
 
 
-@budget(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(st.sampled_from("POST POST GET HEAD PUT".split()), st.sampled_from(ROUTES), st.dictionaries(NAMES, WORDS), CONTENT)
-def test_no_request_hangs_or_fails_the_service(
-    front: Proxy, method: str, path: str, headers: dict[str, str], content: str
-) -> None:
+@budget(deadline=None, suppress_health_check=[*HealthCheck])
+@given(HEADS, st.dictionaries(st.sampled_from(NAMES.split()), WORDS), JSONS | st.builds(dict, prompt=st.text()))
+def test_no_request_hangs_or_fails_the_service(front: Proxy, head: Any, headers: dict[str, str], content: Any) -> None:
     headers = {"Content-Type": "application/json", **headers, "Host": "x", "Connection": "close"}
-    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    request = f"{method} {path} HTTP/1.1\r\n{head}Content-Length: {len(content)}\r\n\r\n{content}"
-    began, answer = time.monotonic(), raw(front.url, request.encode("latin-1", "replace"))
-
+    text, lines = json.dumps(content), "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    request = f"{' '.join(head)} HTTP/1.1\r\n{lines}Content-Length: {len(text)}\r\n\r\n{text}"
+    began, answer = time.monotonic(), raw(front.url, request.encode("latin-1"))
     (status,) = map(int, re.findall(rb"HTTP/1.1 ([2-5]\d\d)", answer))
     assert status < 500 and time.monotonic() - began < 2
-    if status >= 400 and method != "HEAD" and not path.startswith("/log"):
-        assert status in {known for known, _ in sp.REFUSALS.values()} and b'{"error":{"code":' in answer
+    assert status < 400 or head[1] == "/log" or b'{"error":{"code":' in answer
 
 
 def test_slow_and_deaf_clients_are_cut_and_hold_up_nobody_real(tmp_path: Path) -> None:
@@ -684,33 +675,25 @@ def test_slow_and_deaf_clients_are_cut_and_hold_up_nobody_real(tmp_path: Path) -
             connection = held.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", int(server.url.split(":")[2])))
-            connection.settimeout(0)
-            with contextlib.suppress(BlockingIOError):
-                connection.send(sent)
+            connection.setblocking(False)
+            connection.send(sent)
             return connection
 
-        large = WHOLE.replace(b"17", b"30").replace(b'raw"', b'raw !bands=30000"')
         server.post("first")
-        fds, memory, began, slowest = server.gauge("process_open_fds"), server.rss(), time.monotonic(), 0.0
-        deaf = [large.replace(b"Host: x", b"Host: x\r\nAccept: text/event-stream"), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 400]
-        deaf = [connect(sent) for sent in deaf]
-        both = server.post("raw !bands=30000")
-        assert both.status_code == 200 and both.headers["x-cache"] == "joined" and both.elapsed.total_seconds() < 2
-        slow = {sent: [connect(sent) for _ in range(33)] for sent in (b"", WHOLE[:60], WHOLE.replace(b"17", b"9999"))}
-        held_at: list[float] = []
-        while not held_at or held_at[-1] > fds + 1:  # the stream is in the kernel's buffers, and idle for uvicorn's 75 s
-            elapsed = server.post(f"good {len(held_at)}").elapsed.total_seconds()
-            slowest, spent = max(slowest, elapsed), time.monotonic() - began
-            held_at.append(server.gauge("process_open_fds"))
-            assert spent < 45 and (held_at[-1] == fds + 101 if spent < 9 else spent < 13 or held_at[-1] <= fds + 2)
-            for connection in (one for sent in slow if sent for one in slow[sent]):
+        fds, memory, began, held_at, times = server.gauge("process_open_fds"), server.rss(), time.monotonic(), [], []
+        deaf = connect(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 400)  # never reads
+        slow = [[connect(sent) for _ in range(33)] for sent in (b"", WHOLE[:60], WHOLE.replace(b"17", b"9999"))]
+        while not held_at or held_at[-1] > fds:
+            times.append(server.post(f"good {len(times)}").elapsed.total_seconds())
+            held_at, spent = [*held_at, server.gauge("process_open_fds")], time.monotonic() - began
+            assert spent < 40 and (held_at[-1] == fds + 100 if spent < 9 else spent < 13 or held_at[-1] <= fds + 1)
+            for connection in slow[1] + slow[2]:
                 with contextlib.suppress(OSError):
                     connection.send(b"a")
             time.sleep(0.25)
-        answers = [one.recv(999)[9:12] if one.fileno() > 0 else b"" for one in slow[[*slow][2]]]
-        assert set(answers) == {b"408"} and spent > 29 and slowest < 0.5
-        assert server.rss() - memory < 16e6
-        print(f"slow ones cut, the deaf after {spent:.0f} s; the slowest of {len(held_at)} others took {slowest:.3f} s")
+        assert {one.recv(999)[9:12] for one in slow[2]} == {b"408"} and deaf.recv(9) and spent > 29
+        assert server.rss() - memory < 16e6 and max(times) < 0.5
+        print(f"the deaf cut after {spent:.0f} s; the slowest of {len(times)} others took {max(times):.3f} s")
 
 
 def test_what_is_not_there_is_told_in_our_words(front: Proxy) -> None:
@@ -732,57 +715,46 @@ def test_other_site_may_call_when_it_is_allowed(fake: Fake, tmp_path: Path) -> N
     assert code_of(other) == "cross_site"
 
 
-WHOLE = b"POST /scatter HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 17\r\n\r\n"
-CHUNKED = WHOLE.replace(b"Content-Length: 17", b"Transfer-Encoding: chunked")
-PROMPT = b'{"prompt": "raw"}'
-WHOLE, IN_CHUNKS = WHOLE + PROMPT, CHUNKED + b"11\r\n" + PROMPT + b"\r\n0\r\n\r\n"
-
-
-def swapped(old: bytes, *new: bytes, whole: bytes = WHOLE) -> list[bytes]:
-    """Return a lawful request with each of these in old's place."""
-    return [whole.replace(old, one, 1) for one in new]
-
-
-def headed(*lines: bytes, whole: bytes = WHOLE) -> list[bytes]:
-    """Return a lawful request with each of these lines added to its head."""
-    return swapped(b"Host: x", *(b"Host: x\r\n" + line for line in lines), whole=whole)
-
-
-RAW = {  # by status; h11's reading of RFC 9112, which nginx in front narrows further
-    200: [WHOLE, IN_CHUNKS, WHOLE.replace(b"\r\n", b"\n"), *headed(b"X: \xff", b"X: a\r\n b", b"Expect: banana")]
-    + headed(b"Expect: 100-continue", b"Upgrade: h2c\r\nConnection: upgrade", b"Content-Length: 17")
-    + headed(b"Content-Length: 5", whole=IN_CHUNKS) + swapped(b"/scatter", b"/scatter?x=%00%ff", b"/api%2fai-transform")
-    + swapped(b"11\r\n{", b"11;" + b"a" * 99999 + b"\r\n{", whole=IN_CHUNKS) + swapped(b"HTTP/1.1", b"HTTP/1.0"),
-    400: headed(b"Host: y", b"X : a", b"X: a\0b", b"X: a\rb", b"Transfer-Encoding: gzip, chunked", b"X: " + b"a" * 10**6)
-    + headed(*(b"Content-Length: " + length for length in (b"5", b"17, 18", b"-1", b"+17", b"0x11", b"\xb2", b"", b"9" * 30)))
-    + headed(b"Transfer-Encoding: chunked", whole=IN_CHUNKS) + swapped(b"chunked", b"identity", b"x", whole=IN_CHUNKS)
-    + swapped(b"11\r\n", b"x\r\n", b"-1\r\n", b"10\r\n", b"\r\n", b"f" * 21 + b"\r\n", whole=IN_CHUNKS)
-    + swapped(b"Host: x\r\n", b"", b"Host: \0\r\n") + swapped(b" HTTP/1.1", b"", b" HTTP/1.1 x", b" SSH-2.0-x")
-    + [b"\x16\x03\x01" + b"\0" * 40 + b"\r\n\r\n", b"\r\n\r\n" + WHOLE] + swapped(b"th: 17", b"th: 5"),
-    404: swapped(b"/scatter", b"//scatter", b"/x/../scatter", b"/%ff%fe", b"/%zz", b"/log%00", b"/log/../../etc/passwd")
-    + swapped(b"/scatter", b"http://x/scatter", b"*", b"/" + b"a" * 60000, b"/scatter%0d%0aX:", b"/api%2fpull"),
-    405: swapped(b"POST", b"post", b"TRACE", b"BREW", b"CONNECT", b"PUT"),
-    413: swapped(b"17", b"9" * 9, b"262145") + [CHUNKED + (b"ffff\r\n" + b"x" * 65535 + b"\r\n") * 5],
-    415: headed(b"Content-Type: text/plain"),
-}
+PROMPT, LENGTH = b'{"prompt": "raw"}', b"Content-Length: 17"
+WHOLE = b"POST /scatter HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + LENGTH + b"\r\n\r\n" + PROMPT
+CHUNKED = WHOLE.replace(LENGTH, b"Transfer-Encoding: chunked").replace(PROMPT, b"11\r\n" + PROMPT + b"\r\n0\r\n\r\n")
+RAW = [  # status, a lawful request, what of it becomes each of the rest; h11's reading, which nginx narrows further
+    (200, WHOLE, b"Host: x|Host: x|Host: x\r\nX: \xff|Host: x\r\nX: a\r\n b|Host: x\r\nExpect: y|Host: x\r\n" + LENGTH),
+    (200, WHOLE, b"Host: x|Host: x\r\nExpect: 100-continue|Host: x\r\nUpgrade: h2c\r\nConnection: upgrade"),
+    (200, WHOLE, b"/scatter|/scatter|/scatter?x=%00%ff|/api%2fai-transform"),
+    (200, CHUNKED, b"Host: x|Host: x|Host: x\r\nContent-Length: 5"),
+    (200, CHUNKED, b"11\r\n{|11;" + b"a" * 99999 + b"\r\n{"),
+    (400, WHOLE, b"Host: x|Host: x\r\nHost: y|Host: x\r\nX : a|Host: x\r\nX: a\0b|Host: x\r\nX: a\rb|X: y|Host: \0"),
+    (400, WHOLE, b"Host: x|Host: x\r\nTransfer-Encoding: gzip, chunked|Host: x\r\n" + LENGTH + b"8"),
+    (400, WHOLE, b"Host: x|Host: x\r\nX: " + b"a" * 10**6),
+    (400, WHOLE, b"th: 17|th: 5|th: 17, 18|th: -1|th: +17|th: 0x11|th: \xb2|th: |th: " + b"9" * 30),
+    (400, WHOLE, b" HTTP/1.1|| HTTP/1.1 x| SSH-2.0-x"),
+    (400, WHOLE, b"POST|\x16\x03\x01\0|\r\n\r\nPOST"),
+    (400, CHUNKED, b"chunked|identity|x|chunked\r\nTransfer-Encoding: chunked"),
+    (400, CHUNKED, b"11\r\n|x\r\n|-1\r\n|10\r\n|\r\n|" + b"f" * 21 + b"\r\n"),
+    (404, WHOLE, b"/scatter|//scatter|/x/../scatter|/%ff%fe|/%zz|/log%00|/log/../../etc/passwd|*|/api%2fpull|http://x/scatter"),
+    (405, WHOLE, b"POST|post|TRACE|BREW|CONNECT|PUT"),
+    (413, WHOLE, b"17|999999999|262145"),
+    (413, CHUNKED, b"11\r\n|" + (b"ffff\r\n" + b"x" * 65535 + b"\r\n") * 5 + b"11\r\n"),
+    (415, WHOLE, b"application/json|text/plain|application/jsonx"),
+]
 
 
 def test_raw_request_has_one_clean_end(front: Proxy, fake: Fake) -> None:
     kept, said = front.post("raw").content, (front.folder / "proxy.out").stat().st_size
-    asked, memory = len(fake.seen), front.rss()
+    asked, memory, port = len(fake.seen), front.rss(), int(front.url.split(":")[2])
 
-    for status, requests in RAW.items():
-        for request in requests:
+    for status, whole, (old, *others) in [(status, whole, rest.split(b"|")) for status, whole, rest in RAW]:
+        for request in (whole.replace(old, new, 1) for new in others):
             began, answer = time.monotonic(), raw(front.url, request)
             last = re.findall(rb"HTTP/1.1 ([2-5]\d\d)", answer)
             assert last == [b"%d" % status] and time.monotonic() - began < 1, (request[:200], answer[:200])
             assert answer.endswith(kept) if status == 200 else b'{"error":{"code":' in answer, request[:200]
     assert len(fake.seen) == asked and front.rss() - memory < 16e6
-    port = int(front.url.split(":")[2])
-    three, _ = guard_ask(port, WHOLE + WHOLE + b"GET /x HTTP/1.1\r\n\r\n")
+    three, _ = guard_ask(port, WHOLE + WHOLE.replace(b"\r\n", b"\n") + b"GET /x HTTP/1.1\r\n\r\n")
     assert re.findall(rb"HTTP/1.1 (\d+)", three) == [b"200", b"200", b"400"]  # in turn, and none hidden in another
     with socket.create_connection(("127.0.0.1", port), 5) as connection:
-        connection.sendall(CHUNKED.replace(b"/scatter", b"/nothing"))
+        connection.sendall(CHUNKED.partition(b"11\r\n")[0].replace(b"/scatter", b"/nothing"))
         assert b" 404 " in connection.recv(999)
         connection.sendall(b"no chunk\r\n")  # after its answer
         while connection.recv(999):
@@ -879,41 +851,38 @@ def test_bad_answer_fails_its_job_alone(front: Proxy, order: str, code: str) -> 
     assert front.health()["backends"][0]["up"] and front.post(f"after {code}").status_code == 200
 
 
-LINES = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
-PART = b'{"model":"m","response":"%s","done":false}\n'
+LINES, PART = b"HTTP/1.1 200 OK\r\nContent-Length: ", b'{"model":"m","response":"%s","done":false}\n'
+CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 ANSWERS = {  # name: what the backend writes before it breaks the connection off; the code that the client is told
     "nothing": ([], "backend_failed"),
     "banner": ([b"SSH-2.0-OpenSSH_9.2p1\r\n\r\n"], "backend_failed"),
-    "two-lengths": ([LINES + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}"], "backend_failed"),
-    "long-head": ([LINES + b"X: " + b"a" * 200_000 + b"\r\n\r\n"], "backend_failed"),
-    "length-too-long": ([LINES + b"Content-Length: 9999\r\n\r\n" + PART % b"x"], "backend_failed"),
-    "length-too-short": ([LINES + b"Content-Length: 30\r\n\r\n" + PART % b"x" * 99], "bad_answer"),
-    "no-chunk": ([LINES + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"], "backend_failed"),
-    "cut-chunk": ([LINES + b"Transfer-Encoding: chunked\r\n\r\nff\r\n" + PART % b"x"], "backend_failed"),
-    "no-line": ([LINES + b"Content-Length: 12\r\n\r\n" + b'{"response":'], "bad_answer"),
-    "no-object": ([LINES + b"Content-Length: 5\r\n\r\nnull\n"], "bad_answer"),
-    "deep": ([LINES + b"Content-Length: 100001\r\n\r\n" + b"[" * 100_000 + b"\n"], "bad_answer"),
-    "elsewhere": ([b"HTTP/1.1 302 X\r\nLocation: http://169.254.169.254/\r\nContent-Length: 0\r\n\r\n"], "backend_failed"),
-    "announced": ([b"HTTP/1.1 103 X\r\n\r\n" * 2000 + b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n"], "backend_failed"),
-    "bomb": ([LINES + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(10**7), 1) * 30], "bad_answer"),
-    "long-line": ([LINES + b"Content-Length: 67108864\r\n\r\n", *[b"x" * 2**20] * 64], "bad_answer"),
-    "endless": ([LINES + b"Content-Length: 99999999\r\n\r\n", *[PART % (b"x" * 999)] * 9999], "bad_answer"),
+    "two-lengths": ([LINES + b"5\r\nContent-Length: 6\r\n\r\n{}"], "backend_failed"),
+    "long-head": ([LINES + b"9\r\nX: " + b"a" * 200_000 + b"\r\n\r\n"], "backend_failed"),
+    "length-too-long": ([LINES + b"9999\r\n\r\n" + PART % b"x"], "backend_failed"),
+    "length-too-short": ([LINES + b"30\r\n\r\n" + PART % b"x" * 99], "bad_answer"),
+    "no-chunk": ([CHUNKS + b"zz\r\n"], "backend_failed"),
+    "cut-chunk": ([CHUNKS + b"ff\r\n" + PART % b"x"], "backend_failed"),
+    "no-line": ([LINES + b"12\r\n\r\n" + b'{"response":'], "bad_answer"),
+    "no-object": ([LINES + b"5\r\n\r\nnull\n"], "bad_answer"),
+    "deep": ([LINES + b"100001\r\n\r\n" + b"[" * 100_000 + b"\n"], "bad_answer"),
+    "elsewhere": ([b"HTTP/1.1 302 X\r\nLocation: http://x.invalid/\r\nContent-Length: 0\r\n\r\n"], "backend_failed"),
+    "announced": ([b"HTTP/1.1 103 X\r\n\r\n" * 2000 + b"HTTP/1.1 500 X\r\n\r\n"], "backend_failed"),
+    "bomb": ([LINES + b"9999\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(10**7), 1) * 30], "bad_answer"),
+    "long-line": ([LINES + b"67108864\r\n\r\n", *[b"x" * 2**20] * 64], "bad_answer"),
+    "endless": ([LINES + b"99999999\r\n\r\n", *[PART % (b"x" * 999)] * 9999], "bad_answer"),
 }
 
 
 def test_broken_answer_is_told_and_the_next_is_served_real(tmp_path: Path) -> None:
-    with chain(tmp_path) as (server, fake):
+    with chain(tmp_path) as (server, _):
         server.post("before")
-        memory, began = server.rss(), time.monotonic()
+        memory = server.rss()
         for name, (_, code) in ANSWERS.items():
             assert code_of(server.post(f"broken !raw={name}")) == code, name
-            wait_for(lambda: server.health()["status"] == "ok", 5, f"up again after {name}")
             assert server.post(f"after {name}").status_code == 200
         with server.stream("shown !raw=endless") as events:
             assert list(events)[-1][1]["error"]["code"] == "bad_answer"
-        assert server.rss() - memory < 16e6 and time.monotonic() - began < 10
-        assert "Traceback" not in (tmp_path / "proxy.out").read_text()
-        assert Counter(r["code"] for r in server.log() if "code" in r)["ok"] == len(ANSWERS) + 1
+        assert server.rss() - memory < 16e6 and "Traceback" not in (tmp_path / "proxy.out").read_text()
 
 
 def test_link_that_broke_for_one_refuses_no_other(tmp_path: Path) -> None:
@@ -1126,30 +1095,27 @@ def test_generation_has_its_time_limits(spoke: bool, silent: float, running: flo
 class Stage(sp.Backend):
     """A backend whose probes and answers are played by hand: turns holds what each lane in use waits for."""
 
-    def __init__(self, *parts: Any) -> None:
-        self.turns: dict[sp.Lane, asyncio.Future[str]] = {}
-        self.misused = 0  # slots
-        super().__init__(*parts)
+    turns: ClassVar[Any] = {}
 
     async def _live(self) -> None:
         await asyncio.Event().wait()
 
     def turn(self) -> None:
-        """Come up; or be probed with success after a broken link; or go down."""
+        """Come up, or be probed with success after a broken link, or go down."""
         if self.reason and not self.dialect:
             self.dialect, self.slots, self.lanes = sp.Ollama, 2, [sp.Lane("/none"), sp.Lane("/none")]
-            self.idle = self.lanes[:]
+            self.idle, self.turns = self.lanes[:], {}
         self._become("") if self.reason else self.fall("no_tunnel")
 
     async def generate(self, lane: sp.Lane, job: sp.Job, seed: int, max_tokens: int) -> None:
-        self.misused += lane not in self.lanes or lane in self.turns
+        turns = self.turns
         try:
             while not job.answer.is_over:
-                self.turns[lane] = asyncio.get_running_loop().create_future()
-                job.hear(sp.Ollama, (await self.turns[lane]).encode())
+                turns[lane] = asyncio.get_running_loop().create_future()
+                job.hear(sp.Ollama, (await turns[lane]).encode())
             job.conclude()
         finally:
-            del self.turns[lane]
+            del turns[lane]
 
 
 class Visitor:
@@ -1157,27 +1123,19 @@ class Visitor:
 
     def __init__(self, app: sp.Scatter, prompt: int, streams: bool) -> None:
         self.said, self.ends, self.left, self.reads = b"", 0, asyncio.Event(), asyncio.Event()
-        self.body: bytes | None = b'{"prompt": "%d"}' % prompt
-        accept = b"text/event-stream" if streams else b"*/*"
-        head = [(b"content-type", b"application/json"), (b"accept", accept)]
+        self.messages = [{"type": "http.request", "body": b'{"prompt": "%d"}' % prompt}]
+        head = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream" if streams else b"*/*")]
         scope = {"type": "http", "method": "POST", "path": "/scatter", "headers": head}
         self.reads.set()
         self.task = asyncio.create_task(app(scope, self.receive, self.send))
 
     async def receive(self) -> dict[str, Any]:
-        body, self.body = self.body, None
-        if body is None:
-            await self.left.wait()
-        return {"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}
+        return self.messages.pop() if self.messages else await self.left.wait() and {"type": "http.disconnect"}
 
     async def send(self, message: dict[str, Any]) -> None:
         await self.reads.wait()
         self.said += message.get("body", b"")
         self.ends += message["type"] == "http.response.body" and not message.get("more_body")
-
-    def leave(self) -> None:
-        self.left.set()
-        self.reads.set()
 
 
 LAST = json.dumps({"response": json.dumps(dict.fromkeys(BAND_NAMES, "x")), "done": True, "done_reason": "stop"})
@@ -1191,8 +1149,7 @@ class Play:
     def __init__(self) -> None:
         self.app = sp.Scatter(sp.Settings(log=os.devnull, queue=4, cache=0.01))
         self.queue, self.lines, self.visitors = self.app.queue, [], []
-        self.app.log_file.write = self.lines.append
-        self.queue.look = lambda: None
+        self.app.log_file.write, self.queue.look = self.lines.append, lambda: None
         self.queue.backends = {name: self.stage(name) for name in "abc"}
 
     def stage(self, name: str) -> Stage:
@@ -1205,8 +1162,7 @@ class Play:
         if what == "ask":
             self.visitors.append(Visitor(self.app, n % 12, streams))
         elif what == "turn" and turns:
-            played = TURNS[n % len(TURNS)]
-            turn = turns[n % len(turns)]
+            turn, played = turns[n % len(turns)], TURNS[n % len(TURNS)]
             turn.set_exception(played) if isinstance(played, Exception) else turn.set_result(played)
         elif what == "backend":
             self.queue.backends[name].turn()
@@ -1216,40 +1172,39 @@ class Play:
         elif what == "late":
             self.queue.tick(time.monotonic() + 31)
         elif what in ("leave", "stall") and visitors:
-            visitors[n % len(visitors)].leave() if what == "leave" else visitors[n % len(visitors)].reads.clear()
+            (visitor := visitors[n % len(visitors)]).reads.clear()
+            what == "leave" and (visitor.left.set(), visitor.reads.set())
 
     def check(self) -> None:
         """Fail where a slot is lost or used twice, or where somebody waits who need not."""
         queue, jobs = self.queue, [job for stage in self.queue.backends.values() for job in stage.jobs]
-        assert set(jobs) == queue.running and len(jobs) == len(set(jobs))
+        assert set(jobs) == queue.running and len(jobs) == len(queue.running)
         for stage in queue.backends.values():
-            slots = stage.slots if stage.dialect else 0
-            assert len(stage.lanes) == slots == len({*stage.idle}) + len(stage.jobs), "a slot lost"
-            assert len(stage.turns) == len(stage.jobs) and not stage.misused
+            assert len(stage.lanes) == len({*stage.idle}) + len(stage.jobs) == 2 * bool(stage.dialect), "a slot lost"
+            assert len(stage.turns) == len(stage.jobs), "a slot over-used"
         assert not (queue.waiting and queue.free()) and len(queue.waiting) <= 4 + 6
         assert [job.position for job in queue.waiting] == [*range(1, len(queue.waiting) + 1)]
-        assert all(job.readers and not job.ended_at for job in [*queue.waiting, *queue.running])
-        assert set(queue._active.values()) == {*queue.waiting, *queue.running}
-        readers, still = sum(len(job.readers) for job in jobs + [*queue.waiting]), [v for v in self.visitors if not v.task.done()]
-        assert readers == len(still) or not all(v.reads.is_set() for v in still), "a reader left waiting"
+        assert all(job.readers and not job.ended_at for job in [*queue.waiting, *jobs])
+        assert set(queue._active.values()) == {*queue.waiting, *jobs}
+        readers = sum(len(job.readers) for job in [*queue.waiting, *jobs])
+        still = [v.reads.is_set() for v in self.visitors if not v.task.done()]
+        assert readers == len(still) or not all(still), "a reader left waiting"
 
     async def run(self, acts: list[tuple[str, int, bool]]) -> None:
-        for act in [*acts, *[("turn", 0, False)] * 99]:
-            for visitor in self.visitors if act[0] == "turn" else ():
-                visitor.reads.set()
+        for act in [*acts, *[("turn", 0, False)] * 40]:
             self.act(*act)
             for _ in range(12):  # turns of the loop; the longest way through tasks and callbacks takes eight
                 await asyncio.sleep(0)
             self.check()
+        for visitor in self.visitors:
+            visitor.reads.set()
         self.queue.drain(time.monotonic())
         await asyncio.wait_for(asyncio.gather(*(v.task for v in self.visitors)), 1)
-        for visitor in self.visitors:
-            said = visitor.said
-            ends = len(re.findall(rb"^event: (?:done|error)$|^\{", said, re.MULTILINE))
-            assert visitor.left.is_set() or visitor.ends == ends == 1 and b"cancelled" not in said, said
-        assert sum("code" in line for line in self.lines) == len(self.visitors)
+        for visitor in (v for v in self.visitors if not v.left.is_set()):
+            ends = re.findall(rb"^event: (?:done|error)$|^\{", visitor.said, re.MULTILINE)
+            assert visitor.ends == len(ends) == 1 and b"cancelled" not in visitor.said, visitor.said
         codes = Counter(line["code"] for line in self.lines if "code" in line)
-        assert codes == self.app.stats.codes and not codes["unavailable"]
+        assert codes == self.app.stats.codes and codes.total() == len(self.visitors) and not codes["unavailable"]
 
 
 ACTS = st.sampled_from(["ask", "ask", "ask", "turn", "turn", "turn", "backend", "leave", "stall", "new", "late"])
@@ -1296,29 +1251,26 @@ sp.Queue.tick = tick"""
 
 async def soak_client(port: int, number: int, count: int, told: Counter[Any]) -> None:
     """Ask so often, one after the other: a fifth is aborted, a tenth meets a fault; count what came of each."""
-    chance, faults = random.Random(number), [*ANSWERS][:-3] + ["drop", "error", "garbage", "unfinished"]
-    line = None
+    chance, line = random.Random(number), None
+    faults = ["!drop", "!error", "!garbage", "!unfinished", *(f"!raw={name}" for name in [*ANSWERS][:-3])]
     for n in range(count):
         kind = chance.choices(["good", "fault", "half", "stream", "plain"], [14, 2, 1, 2, 1])[0]
-        fault = chance.choice(faults)
-        order = {"good": "", "fault": f"!raw={fault}" if fault in ANSWERS else f"!{fault}"}.get(kind, "!pace=0.001")
+        order = {"good": "", "fault": chance.choice(faults)}.get(kind, "!pace=0.001")
         body = b'{"prompt": "%d %d %s"}' % (number, n, order.encode())
         head = WHOLE[: -len(PROMPT)].replace(b"17", b"%d" % len(body))
         if kind == "stream" or chance.random() < 0.3:
             head = head.replace(b"Host: x", b"Host: x\r\nAccept: text/event-stream")
-        line = line or await asyncio.open_connection("127.0.0.1", port)
-        line[1].write(head + (body if kind != "half" else body[:9]))
-        if kind in ("good", "fault", "stream"):
-            start = await line[0].readuntil(b"\r\n\r\n")
+        reader, writer = line = line or await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head + body[: 9 if kind == "half" else None])
+        start = text = b"" if kind in ("half", "plain") else await reader.readuntil(b"\r\n\r\n")
+        if kind in ("good", "fault"):
             length = re.search(rb"content-length: (\d+)", start)
-            if kind != "stream":
-                text = await (line[0].readexactly(int(length[1])) if length else line[0].readuntil(b"\r\n0\r\n\r\n"))
-                told[kind, start[9:12] == b"200" and b"event: error" not in text] += 1
-                continue
-            told["stream", b" 200 " in start] += 1
-        told["plain"] += kind == "plain"
-        await asyncio.sleep(chance.random() * 0.01)
-        line = line[1].transport.abort() if n % 2 else line[1].close()
+            text = await (reader.readexactly(int(length[1])) if length else reader.readuntil(b"\r\n0\r\n\r\n"))
+        told[kind, b" 200 " in start and b"event: error" not in text] += 1
+        if kind not in ("good", "fault"):
+            await asyncio.sleep(chance.random() * 0.01)
+            line = writer.transport.abort() if n % 2 else writer.close()
+    writer.close()
 
 
 def test_soak_real(tmp_path: Path) -> None:
@@ -1326,20 +1278,19 @@ def test_soak_real(tmp_path: Path) -> None:
         return int(server.gauge("process_open_fds")), int((tmp_path / "tasks").read_text() or 0)
 
     async def soak(fakes: list[Fake], count: int) -> None:
-        port, began = int(server.url.split(":")[2]), time.monotonic()
+        port, until = int(server.url.split(":")[2]), time.monotonic() + 30 + count / 20
         clients = [asyncio.create_task(soak_client(port, n, count // 32, told)) for n in range(32)]
         while not all(client.done() for client in clients):  # two of three backends come and go
-            assert time.monotonic() - began < 20 + count / 20, told
             flapping = random.choice(fakes[1:])
             await asyncio.to_thread(flapping.close)
             await asyncio.wait(clients, timeout=0.5)
             await asyncio.to_thread(flapping.open)
             await asyncio.wait(clients, timeout=2)
+            assert time.monotonic() < until, told
         await asyncio.gather(*clients)
 
     (tmp_path / "backends").mkdir()
-    told: Counter[Any] = Counter()
-    memory, setup = [], TASKS.format(str(tmp_path / "tasks"))
+    told, memory, setup = Counter(), [], TASKS.format(str(tmp_path / "tasks"))
     with proxy(tmp_path, "--backend", "none", "--slots", 16, "--cache", 0.5, setup=setup) as server:
         wait_for(lambda: (tmp_path / "tasks").exists(), 2)
         before = idle()
@@ -1356,10 +1307,11 @@ def test_soak_real(tmp_path: Path) -> None:
         codes = Counter(line["code"] for line in server.log() if "code" in line)
         stats, said = server.http.get("/stats").json()["codes"], (tmp_path / "proxy.out").read_text()
     print(f"{told}, {codes}, descriptors and tasks {before}, MB {[round(rss / 1e6, 1) for rss in memory]}")
-    served, asked = told["good", True], told["good", True] + told["good", False]
-    sure = asked + told["fault", True] + told["fault", False] + told["stream", True] + told["stream", False]
-    assert served >= 0.95 * asked > SOAK / 2 and "Traceback" not in said and memory[1] - memory[0] < 8e6
-    assert codes == stats and sure <= codes.total() <= sure + told["plain"]
+    kinds = Counter({kind: sum(n for (k, _), n in told.items() if k == kind) for kind, _ in told})
+    sure = kinds["good"] + kinds["fault"] + kinds["stream"]  # reached us; of the plain ones that left, some did
+    assert told["good", True] >= 0.95 * kinds["good"] > SOAK / 2 and memory[1] - memory[0] < 8e6
+    assert "Traceback" not in said, said[said.index("Traceback") - 300 :][:2000]
+    assert codes == stats and sure <= codes.total() <= sure + kinds["plain"]
 
 
 # --- log and stats ------------------------------------------------------------
@@ -1415,21 +1367,16 @@ def test_log_without_room_fails_nobody_and_goes_on_real(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], check=True)
     try:
         with chain(tmp_path, "--log", small / "log") as (server, _):
-            codes = Counter(server.post("hit").status_code for _ in range(400))
+            assert {server.post("hit").status_code for _ in range(400)} == {200}
             lost, text = server.gauge("scatter_log_lines_lost_total"), (small / "log").read_text()
             os.truncate(small / "log", 0)
             server.post("hit")
-            wait_for(lambda: (small / "log").stat().st_size, 2)
-            again = (small / "log").read_text().splitlines()
-            assert server.gauge("scatter_log_lines_lost_total") == lost
+            again = wait_for(lambda: (small / "log").read_text(), 2).splitlines()[-1]
+            assert server.gauge("scatter_log_lines_lost_total") == lost and json.loads(again)["code"] == "ok"
     finally:
         subprocess.run(["umount", "-l", small], check=True)
     whole = [line for line in text.splitlines() if line.endswith("}") and json.loads(line)]
-    assert codes == {200: 400} and lost > 0 and len(whole) + lost == 401 and text.count("\n") - len(whole) <= 1
-    assert json.loads(again[-1])["code"] == "ok" and "Traceback" in (tmp_path / "proxy.out").read_text()
-    with chain(tmp_path / "full", "--log", "/dev/full") as (server, _):
-        assert server.post("x").status_code == 200
-        wait_for(lambda: server.gauge("scatter_log_lines_lost_total") == 2, 2)
+    assert lost > 0 and len(whole) + lost == 401 and text.count("\n") - len(whole) <= 1
 
 
 def test_log_rotated_and_moved_under_load_loses_no_line_real(tmp_path: Path) -> None:
@@ -1448,27 +1395,22 @@ def test_log_rotated_and_moved_under_load_loses_no_line_real(tmp_path: Path) -> 
     assert len({*ids}) == len(ids) == 301 and 4 <= len(files) <= 7
 
 
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
-
-
-@pytest.mark.skipif(not FAKETIME, reason="faketime is not installed")
+@pytest.mark.skipif(not (FAKETIME := [*Path("/usr/lib").glob("*/faketime/libfaketime.so.1")]), reason="no faketime")
 def test_clock_that_jumps_ends_nothing_and_times_nothing_real(tmp_path: Path) -> None:
     (clock := tmp_path / "clock").write_text("+0")
-    environ = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    environ = {"LD_PRELOAD": str(FAKETIME[0]), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
     with Fake() as fake, proxy(tmp_path, "--backend", fake.url, FAKETIME_DONT_FAKE_MONOTONIC="1", **environ) as server:
         with server.up().stream("jumps !pace=0.01") as events, ThreadPoolExecutor() as pool:
-            told = [next(events)]
-            waits = pool.submit(server.post, "waits")
+            waits = [next(events), pool.submit(server.post, "waits")][1]
             for jump in ("+1d", "-1d", "+1d"):
                 clock.write_text(jump)
-                told += [next(events) for _ in range(9)]
-            told += list(events)
-        assert told[-1][0] == "done" and waits.result().status_code == 200 and server.post("waits").headers["x-cache"] == "hit"
+                assert [next(events)[0] for _ in range(9)] == ["delta"] * 9
+            assert [*events][-1][0] == "done" and waits.result().status_code == 200
+        assert server.post("waits").headers["x-cache"] == "hit" and server.health()["status"] == "ok"
         wait_for(lambda: len(server.log()) == 4, 2, "the last line, which comes after the answer")
-        lines = [line for line in server.log() if "code" in line]
-        assert abs(lines[-1]["ts"] - time.time() - 86400) < 60 and [line["code"] for line in lines] == ["ok"] * 3
-        assert all(0 <= line[name] < 10 for line in lines for name in ("elapsed", "ttft", "queue_time"))
-        assert 0.5 < server.http.get("/stats").json()["availability"] <= 1 and server.health()["status"] == "ok"
+        _, *lines = server.log()
+    assert abs(lines[-1]["ts"] - time.time() - 86400) < 60 and [line["code"] for line in lines] == ["ok"] * 3
+    assert all(0 <= line[name] < 10 for line in lines for name in ("elapsed", "ttft", "queue_time"))
 
 
 def test_log_is_served_from_a_byte_on(front: Proxy) -> None:
@@ -2076,36 +2018,34 @@ def test_guard_refuses_a_body_that_does_not_fit() -> None:
         assert time.monotonic() - began < 0.5, body[:40]
 
 
-SCHEMAS = st.recursive(st.sampled_from(["json", "x", 5, None, True, -1e9, {"type": "string"}]), lambda inner: st.lists(
-    inner, max_size=3) | st.dictionaries(st.sampled_from(sorted({*map(str, tunnel.SCHEMA), "$ref", "p"})), inner))
-KEYS = st.sampled_from(sorted({key for body in tunnel.BODIES.values() for key in body} | {"model", "num_ctx", "images"}))
+KEYS = st.sampled_from([key for rules in (*tunnel.BODIES.values(), {str(k): 0 for k in tunnel.SCHEMA}) for key in rules])
+THINGS = st.recursive(st.sampled_from(["json", "x", 5, None, True, -1e9]), lambda inner: st.lists(inner, max_size=3)
+                      | st.dictionaries(KEYS | st.sampled_from(["$ref", "model", "num_ctx"]), inner))  # fmt: skip
 
 
-@budget(deadline=None)
-@given(st.sampled_from(sorted(tunnel.BODIES)), st.dictionaries(KEYS, SCHEMAS | st.integers() | st.text(max_size=5)))
+@budget(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(tunnel.BODIES)), st.dictionaries(KEYS, THINGS))
 def test_guard_makes_a_body_that_it_makes_the_same_again(path: str, asked: dict[str, Any]) -> None:
     with contextlib.suppress(tunnel.Refused):
         made = tunnel.remade_body(path, json.dumps(asked).encode(), OWNERS_LIMITS)
-        assert tunnel.remade_body(path, made, OWNERS_LIMITS) == made
-        assert set(json.loads(made)) <= {*tunnel.BODIES[path], "model", "keep_alive"} and b'"$ref"' not in made
-        assert json.loads(made)["model"] == "my-model"
+        assert tunnel.remade_body(path, made, OWNERS_LIMITS) == made and b'"$ref":' not in made
+        assert json.loads(made)["model"] == "my-model" and {*json.loads(made)} <= {*tunnel.BODIES[path], "model", "keep_alive"}
 
 
 @budget(deadline=None)
-@given(st.data())
-def test_guard_reads_a_head_or_refuses(data: st.DataObject) -> None:
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3), st.binary(max_size=3) | st.just(b"\r\n")), max_size=3))
+def test_guard_reads_a_head_as_another_reader_does_or_refuses(changes: list[tuple[int, int, bytes]]) -> None:
     head = bytearray(LAWFUL.partition(b"\r\n\r\n")[0])
-    for at in data.draw(st.lists(st.integers(0, len(head)), max_size=3)):
-        junk = st.binary(max_size=3) | st.sampled_from([b"\r\n", b"\n", b" ", b"Transfer-Encoding: chunked\r\n"])
-        head[at : at + data.draw(st.integers(0, 3))] = data.draw(junk)
+    for at, length, new in changes:
+        head[at : at + length] = new
     with contextlib.suppress(tunnel.Refused):
         method, path, length = tunnel.read_head(bytes(head))
         assert (method, path) in tunnel.ROUTES and 0 <= length <= tunnel.BODY_LIMIT
-        server = h11.Connection(h11.SERVER)  # another reader, by which the same request ends at the same byte
+        server = h11.Connection(h11.SERVER)  # by which the same request ends at the same byte
         server.receive_data(bytes(head) + b"\r\n\r\n" + b"x" * length + b"y")
         seen, *body, end = [server.next_event() for _ in range(2 + (length > 0))]
-        assert (seen.method, seen.target) == (method.encode(), path.encode())
-        assert b"".join(part.data for part in body) == b"x" * length and type(end) is h11.EndOfMessage
+        assert (seen.method, seen.target, type(end)) == (method.encode(), path.encode(), h11.EndOfMessage)
+        assert b"".join(part.data for part in body) == b"x" * length
 
 
 class Played(ThreadingHTTPServer):
@@ -3508,85 +3448,65 @@ def test_chain_that_loses_ssh_says_so_and_comes_back_real(chain_real: Chain) -> 
     assert hit.headers["x-cache"] == "hit" and chain_real.post("Back again").status_code == 200
 
 
-class Bastion(FarHost):
-    """A whole chain of which each part may be killed: a real model server and proxy, sshd, the tunnel and its ssh."""
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A whole chain by its parts, of which each is [process, how it is started]; ssh is started by the tunnel."""
+    front, target = free_port(), free_port()
+    (tmp_path / "backends").mkdir()
+    own = ["--backend", "none", "--backend-dir", tmp_path / "backends", "--log", tmp_path / "log", "--port", front]
+    commands = {"proxy": [sys.executable, sp.__file__, *own, "--max-tokens", 128], "model": [SCRIPT, "model", target]}
+    rules = f"PermitOpen 127.0.0.1:{front}\nMaxSessions 0\nAllowStreamLocalForwarding remote\n"
+    with FarHost(rules + "StreamLocalBindUnlink yes\nStreamLocalBindMask 0117") as far:
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ports, self.parts, self.starts = folder, (free_port(), free_port()), {}, 0
-        super().__init__(f"""AllowTcpForwarding yes\nPermitOpen 127.0.0.1:{self.ports[0]}\nMaxSessions 0
-AllowStreamLocalForwarding remote\nStreamLocalBindUnlink yes\nStreamLocalBindMask 0117""")
-        (folder / "backends").mkdir()
-        front, target = (f"127.0.0.1:{port}" for port in self.ports)
-        for part in ("model", "proxy"):
-            self.start(part)
-        self.tunnel = self.run("--front", front, "--target", target, "--remote", str(folder / "backends" / "gpu.sock"))
+        def start(part: str) -> Any:
+            if part == "sshd":
+                far.start_sshd()
+                return far.sshd
+            log = tmp_path / f"{part}{time.monotonic()}"
+            return far.enter_context(program(*commands[part], log=log, ready="listening on http", seconds=90))
 
-    def start(self, part: str) -> None:
-        """Start a part, as its service manager does."""
-        self.starts += 1
-        log, own = self.folder / f"{part}{self.starts}", ["--backend", "none", "--log", self.folder / "log.jsonl"]
-        own += ["--backend-dir", self.folder / "backends", "--port", self.ports[0], "--max-tokens", 160]
-        if part == "sshd":
-            return self.start_sshd()
-        command = [SCRIPT, "model", self.ports[1]] if part == "model" else [sys.executable, sp.__file__, *own]
-        self.parts[part] = self.enter_context(program(*command, log=log, ready="listening on http", seconds=60))
-
-    def kill(self, part: str) -> None:
-        """Kill a part; sshd with its sessions."""
-        pid = {"ssh": self.ssh, "sshd": lambda _: self.sshd.pid}.get(part, lambda _: self.parts[part].pid)(self.tunnel)
-        children = finished(["pgrep", "-P", str(pid)]).stdout.split()
-        for one in [*map(int, children), pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
-
-    def is_ok(self) -> bool:
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"http://127.0.0.1:{self.ports[0]}/health").json()["status"] in ("ok", "busy")
-        return False
+        held = {part: [start(part), lambda part=part: start(part)] for part in commands} | {"front": front}
+        more = ["--front", f"127.0.0.1:{front}", "--target", f"127.0.0.1:{target}", "--remote"]
+        child = far.run(*more, str(tmp_path / "backends" / "gpu.sock"))
+        held |= {"sshd": [far.sshd, lambda: start("sshd")], "ssh": [None, lambda: None], "id": lambda: far.ssh(child)}
+        yield held
 
 
-def test_chaos_is_outlived_real(tmp_path: Path) -> None:
-    """Each part is killed at random in turn; a client that retries as Retry-After says gets all its documents."""
+def test_chaos_is_outlived_real(parts: dict[str, Any]) -> None:
+    """Parts are killed at random in turn; a client that retries as Retry-After says gets all its documents."""
     random.seed(11)
-    documents, tries, over = [], Counter(), threading.Event()
+    url, over = f"http://127.0.0.1:{parts['front']}/scatter", time.monotonic() + 120 * (SOAK > 2000)
+    tries, back, order = Counter(), [], []
 
-    def ask(number: int) -> None:
-        while not over.is_set():
-            asked, prompt = time.monotonic(), f"Plan party number {number} {len(documents)}"
-            while True:
-                assert time.monotonic() - asked < 60, tries
-                try:
-                    answer = httpx.post(url, json={"prompt": prompt}, timeout=60)
-                    tries[answer.status_code if answer.status_code == 200 else answer.json()["error"]["code"]] += 1
-                except httpx.HTTPError as exc:
-                    answer = tries.update([type(exc).__name__])
-                if answer and answer.status_code == 200:
-                    documents.append(sinc_prompt.validate(answer.json()["sinc"])[0])
-                    break
-                time.sleep(float(answer.headers.get("retry-after", 1)) if answer else 1)
+    def document(prompt: str) -> None:
+        began = time.monotonic()
+        while time.monotonic() < began + 300:  # a document takes a second, on a machine that has nothing else to do
+            try:
+                answer = httpx.post(url, json={"prompt": prompt}, timeout=200)
+                if answer.status_code == 200:
+                    return check_document(answer.content)
+                tries[code_of(answer)] += 1
+                time.sleep(float(answer.headers.get("retry-after", 1)))
+            except httpx.HTTPError as exc:  # the proxy itself is gone; nginx would say so, with Retry-After
+                tries[type(exc).__name__] += 1
+                time.sleep(1)
+        raise AssertionError(f"no document in 300 s: {tries}")
 
-    with Bastion(tmp_path) as chain, ThreadPoolExecutor() as pool:
-        url, back, parts = f"http://127.0.0.1:{chain.ports[0]}/scatter", [], []
-        wait_for(chain.is_ok, 60, "the chain up")
-        clients, until = [pool.submit(ask, n) for n in range(2)], time.monotonic() + 120 * (SOAK > 2000)
-        try:
-            while len(back) < 4 or time.monotonic() < until:
-                parts = parts or random.sample(["ssh", "sshd", "model", "proxy"], 4)
-                chain.kill(part := parts.pop())
-                killed = time.monotonic()
-                time.sleep(random.random())
-                if part != "ssh":
-                    chain.start(part)
-                wait_for(lambda killed=killed: not chain.is_ok() or time.monotonic() - killed > 1, 5)
-                wait_for(chain.is_ok, 30, f"back by itself after {part} was killed")
-                back.append((part, round(time.monotonic() - killed, 1)))
-                time.sleep(random.random() * 2)
-        finally:
-            over.set()
-        for client in clients:
-            client.result(90)
-    print(f"{len(documents)} documents, {tries}, back after {back} s")
-    assert len(documents) >= 2 and all(documents)  # each client's, and the last one too
+    document("Before")
+    while len(back) < 4 or time.monotonic() < over:
+        order = order or random.sample(["ssh", "sshd", "model", "proxy"], 4)
+        part = order.pop()
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(document, f"Plan party number {len(back)}")
+            time.sleep(random.random() * 2)  # at any stage of it
+            pid, killed = parts["id"]() if part == "ssh" else parts[part][0].pid, time.monotonic()
+            for one in [*map(int, finished(["pgrep", "-P", str(pid)]).stdout.split()), pid]:  # sshd with its sessions
+                os.kill(one, signal.SIGKILL)
+            time.sleep(random.random())
+            parts[part][0] = parts[part][1]()  # as a service manager does
+            asked.result()
+        back.append(f"{part} {time.monotonic() - killed:.1f}")
+    print(f"{len(back)} documents, s from a kill to one: {back}; before that {dict(tries)}")
 
 
 def test_offline_answer_takes_no_time_real(tmp_path: Path) -> None:
