@@ -16,6 +16,7 @@
 
     .venv/bin/python -m pytest test_all.py                 everything, in about ten minutes
     .venv/bin/python -m pytest test_all.py -k 'not real'   what needs no real server, in half a minute
+    .venv/bin/python test_all.py bench                     no test: what it costs and how fast it is, in under five
 
 A test with `real` in its name runs a real sshd, nginx, model, browser or booted Debian; where that is not installed it
 is skipped, with the reason. `./install.sh test` installs what they need.
@@ -3929,8 +3930,8 @@ class Bench(contextlib.ExitStack):
         yield "real model through the chain: speed", "≥ 98 %", share, beside
         beside = f"tok/s in sum; straight {spread(four['bare'])}; one client {spread(one['ours'])}"
         yield "  4 slots, 4 clients", "", four["ours"], beside
-        sinc = chain.post(prompts[0]).json()["sinc"]
-        forms = [sp.ENCODE({f["t"]: f["x"] for f in sinc["fragments"]}), sp.ENCODE(sinc)]
+        texts = [3 * f["x"] for f in chain.post(prompts[0]).json()["sinc"]["fragments"]]  # as long as the article's
+        forms = [sp.ENCODE(dict(zip(BAND_NAMES, texts))), sp.ENCODE(sp.make_document(texts))]
         flat, whole = (len(json.loads(tell("tokenize", json.dumps({"content": form})))["tokens"]) for form in forms)
         yield "tokens, of the whole document's", "≤ 80 %", [100 * flat / whole], f"schema {flat}, whole {whole}"
         new = straight("Now something else", 1)
@@ -4014,7 +4015,7 @@ class Link:
 
     def kill(self) -> float:
         """Kill ssh; return the s until a document is served again."""
-        os.kill(self.far.ssh(self.tunnel), signal.SIGKILL)
+        os.kill(children(self.tunnel)[0], signal.SIGKILL)
         return self.serves(time.monotonic())
 
     def cut(self, in_flight: bool) -> tuple[float, float]:
