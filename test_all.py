@@ -739,18 +739,19 @@ RAW = [  # status, a lawful request, what of it becomes each of the rest; h11's 
     (413, CHUNKED, b"11\r\n|" + (b"ffff\r\n" + b"x" * 65535 + b"\r\n") * 5 + b"11\r\n"),
     (415, WHOLE, b"application/json|text/plain|application/jsonx"),
 ]
+RAW_REQUESTS = [(status, whole.replace(old, new, 1)) for status, whole, rest in RAW
+                for old, *others in [rest.split(b"|")] for new in others]  # fmt: skip
 
 
 def test_raw_request_has_one_clean_end(front: Proxy, fake: Fake) -> None:
     kept, said = front.post("raw").content, (front.folder / "proxy.out").stat().st_size
     asked, memory, port = len(fake.seen), front.rss(), int(front.url.split(":")[2])
 
-    for status, whole, (old, *others) in [(status, whole, rest.split(b"|")) for status, whole, rest in RAW]:
-        for request in (whole.replace(old, new, 1) for new in others):
-            began, answer = time.monotonic(), raw(front.url, request)
-            last = re.findall(rb"HTTP/1.1 ([2-5]\d\d)", answer)
-            assert last == [b"%d" % status] and time.monotonic() - began < 1, (request[:200], answer[:200])
-            assert answer.endswith(kept) if status == 200 else b'{"error":{"code":' in answer, request[:200]
+    for status, request in RAW_REQUESTS:
+        began, answer = time.monotonic(), raw(front.url, request)
+        last = re.findall(rb"HTTP/1.1 ([2-5]\d\d)", answer)
+        assert last == [b"%d" % status] and time.monotonic() - began < 1, (request[:200], answer[:200])
+        assert answer.endswith(kept) if status == 200 else b'{"error":{"code":' in answer, request[:200]
     assert len(fake.seen) == asked and front.rss() - memory < 16e6
     three, _ = guard_ask(front.url[7:], WHOLE + WHOLE.replace(b"\r\n", b"\n") + b"GET /x HTTP/1.1\r\n\r\n")
     assert re.findall(rb"HTTP/1.1 (\d+)", three) == [b"200", b"200", b"400"]  # in turn, and none hidden in another
@@ -761,6 +762,29 @@ def test_raw_request_has_one_clean_end(front: Proxy, fake: Fake) -> None:
         while connection.recv(999):
             pass
     assert "Traceback" not in (front.folder / "proxy.out").read_text()[said:]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nginx"), reason="needs root and nginx")
+def test_nginx_in_front_makes_at_most_one_request_of_one_real(tmp_path: Path) -> None:
+    """The raw requests, each also with a second one hidden behind it, through what install.sh writes."""
+    zones, more, site = re.findall(r"<<'CONF'\n(.*?)\nCONF", (HERE / "install.sh").read_text(), re.DOTALL)[-3:]
+    with Played() as app, socket.create_server(("127.0.0.1", 0)) as free:
+        hidden = WHOLE.replace(b"/scatter", b"/hidden")
+        port, site = free.getsockname()[1], site.replace("/etc/scatter/nginx-proxy.conf", f"{tmp_path}/more")
+        free.close()
+        (tmp_path / "more").write_text(re.sub(r"limit_(req|conn) [^;]*;", "", more))  # they have tests of their own
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        places = " ".join(f"{kind}_temp_path {tmp_path};" for kind in kinds) + "access_log off;\n"
+        server = f"server {{ listen 127.0.0.1:{port};\n{site}\nlocation / {{ return 404; }} }}"
+        conf = f"user root; daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors; events {{}} http {{ {places}"
+        (tmp_path / "conf").write_text(f"{conf}{zones.replace('127.0.0.1:8461', app.at)}\n{server} }}")
+        with program("/usr/sbin/nginx", "-p", tmp_path, "-c", tmp_path / "conf", log=tmp_path / "log"):
+            wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 5)
+            for request in (first + second for _, first in RAW_REQUESTS for second in (b"", hidden)):
+                before, sent = len(app.saw), request.replace(b"/scatter", b"/api/ai-transform")
+                assert b"HTTP/1.1 500" not in raw(f"http://127.0.0.1:{port}", sent, 0.5)
+                assert len(app.saw) <= before + 1 and app.saw[-1][0] != "/hidden", request[:200]
+        assert len(app.saw) > 20
 
 
 # --- backends -----------------------------------------------------------------
@@ -3455,8 +3479,8 @@ def test_chain_that_loses_ssh_says_so_and_comes_back_real(chain_real: Chain) -> 
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A whole chain by its parts, of which each is [process, how it is started]; ssh is started by the tunnel."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        front, target = one.getsockname()[1], other.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        front, target = (free.getsockname()[1] for free in (one, two))
     (tmp_path / "backends").mkdir()
     own = ["--backend", "none", "--backend-dir", tmp_path / "backends", "--log", tmp_path / "log", "--port", front]
     commands = {"proxy": [sys.executable, sp.__file__, *own, "--max-tokens", 128], "model": [SCRIPT, "model", target]}
