@@ -1826,6 +1826,28 @@ class Scatter:
 class Protocol(H11Protocol):
     """uvicorn's HTTP/1.1, but what is no HTTP is refused in our words, and not where its answer has begun."""
 
+    def connection_made(self, transport: Any) -> None:
+        """Begin; an answer's head and what follows it in this step of the loop leave in one system call at its end.
+
+        A write wakes the other side, which on two cores then takes turns with us: a sixth of a hit's time.
+        """
+        held, write, close = bytearray(), transport.write, transport.close
+
+        def flush() -> None:
+            data = bytes(held)
+            held.clear()
+            write(data)
+
+        def hold(data: bytes) -> None:
+            if not held and data.startswith(b"HTTP/1.1 "):
+                self.loop.call_soon(flush)
+            elif not held:
+                return write(data)
+            held.extend(data)
+
+        transport.write, transport.close = hold, lambda: (flush(), close())
+        super().connection_made(transport)
+
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = Refusal("bad_request").response({"connection": "close"})
