@@ -3497,7 +3497,7 @@ def parts(tmp_path: Path) -> Iterator[dict[str, Any]]:
         held = {part: [start(part), lambda part=part: start(part)] for part in commands} | {"front": front}
         more = ["--front", f"127.0.0.1:{front}", "--target", f"127.0.0.1:{target}", "--remote"]
         child = far.run(*more, str(tmp_path / "backends" / "gpu.sock"))
-        held |= {"sshd": [far.sshd, lambda: start("sshd")], "ssh": [None, lambda: None], "id": lambda: far.ssh(child)}
+        held |= {"sshd": [far.sshd, lambda: start("sshd")], "ssh": [None, lambda: None], "id": lambda: children(child)[0]}
         yield held
 
 
