@@ -2316,7 +2316,7 @@ def test_mirror_takes_no_bytes_for_another_file_s() -> None:
         assert tunnel.fetch(SimpleNamespace(ask=lambda *_, **__: next(answers)), "/log", 0) == ("", b"")  # noqa: B023
 
 
-def test_mirror_is_the_whole_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirror_is_the_whole_history_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotation at any time, half a line, a kill between copy and place, an answer that ends anywhere, a rebuilt VPS."""
     random.seed(5)
     mirror, fetch = tmp_path / "copy.jsonl", tunnel.fetch
@@ -2691,12 +2691,14 @@ def test_install_cut_short_does_nothing(traps: Path, tmp_path: Path) -> None:
     text = SCRIPT.read_bytes()
     whole = text.rindex(b"main") + 4  # from there on it is main, without a command
     cuts = {cut for m in re.finditer(rb"^\w+|\n", text, re.MULTILINE) for cut in range(m.start() + 1, m.end() + 1)}
-    for cut in sorted(cuts | set(random.Random(1).sample(range(whole), 300))):
-        if cut < whole:
-            (tmp_path / "cut.sh").write_bytes(text[:cut])
-            command = ["/bin/sh", tmp_path / "cut.sh", "uninstall"]
-            subprocess.run(command, env={"PATH": str(traps)}, cwd=tmp_path, capture_output=True, check=False)
-            assert not (tmp_path / "ran").exists(), f"cut at byte {cut}: ran {(tmp_path / 'ran').read_text()}"
+
+    def run(cut: int) -> None:
+        (script := tmp_path / f"cut.{cut}").write_bytes(text[:cut])
+        finished(["/bin/sh", script, "uninstall"], env={"PATH": str(traps)}, cwd=tmp_path)
+        assert not (tmp_path / "ran").exists(), f"about byte {cut}: ran {(tmp_path / 'ran').read_text()}"
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, sorted(cut for cut in cuts | {*random.Random(1).sample(range(whole), 300)} if cut < whole)))
 
 
 BAD_USAGE = "|x|demo --x|demo --model|model x|model 1 0|model 1 2 3|vps --x|vps --domain|vps --site \t|uninstall x"
@@ -3496,8 +3498,8 @@ def parts(tmp_path: Path) -> Iterator[dict[str, Any]]:
         held = {part: [start(part), lambda part=part: start(part)] for part in commands} | {"front": front}
         more = ["--front", f"127.0.0.1:{front}", "--target", f"127.0.0.1:{target}", "--remote"]
         child = far.run(*more, str(tmp_path / "backends" / "gpu.sock"))
-        held |= {"sshd": [far.sshd, lambda: start("sshd")], "ssh": [None, lambda: None], "id": lambda: children(child)[0]}
-        yield held
+        held |= {"sshd": [far.sshd, lambda: start("sshd")], "ssh": [None, lambda: None]}
+        yield held | {"id": lambda: children(child)[0]}
 
 
 def test_chaos_is_outlived_real(parts: dict[str, Any]) -> None:
