@@ -571,7 +571,25 @@ class Backend:
 
     async def _look(self) -> None:
         """Probe, and warm what was down; raise why it is of no use."""
-        for may_ask_again in (self._is_warm, False):  # one lost packet must not take a GPU down
+        await self._probe()
+        if not self._is_warm:
+            if self.reason != "model_missing":  # else it would flicker while we look whether the model has come
+                self._become("warming")
+            warming = asyncio.ensure_future(self._warm())
+            try:
+                while not (await asyncio.wait([warming], timeout=2))[0]:  # s
+                    await self._probe()  # the link may die while weights load
+                await warming
+            finally:
+                warming.cancel()
+        self._become("")
+        with anyio.move_on_after(PROBE_SECONDS):  # what was closed while idle is opened now: one round trip less later
+            closed = [self._get(self._probe_path, lane) for lane in self.idle if lane.is_dropped()]
+            await asyncio.gather(*closed, return_exceptions=True)
+
+    async def _probe(self) -> None:
+        """Wait until the backend has answered; raise LinkLost where it is silent."""
+        for may_ask_again in (self.dialect is not None, False):  # one lost packet must not take a GPU down
             asked = time.monotonic()
             try:
                 with anyio.fail_after(PROBE_SECONDS):
@@ -582,14 +600,6 @@ class Backend:
                     break  # a job's bytes will do for an answer
                 if not may_ask_again:
                     raise LinkLost("silent_link") from None
-        if not self._is_warm:
-            if self.reason != "model_missing":  # else it would flicker while we look whether the model has come
-                self._become("warming")
-            await self._warm()
-        self._become("")
-        with anyio.move_on_after(PROBE_SECONDS):  # what was closed while idle is opened now: one round trip less later
-            closed = [self._get(self._probe_path, lane) for lane in self.idle if lane.is_dropped()]
-            await asyncio.gather(*closed, return_exceptions=True)
 
     async def _get(self, path: str, lane: Lane | None = None) -> bytes:
         lane = lane or self.prober

@@ -207,6 +207,7 @@ class Fake:
         self.done: list[str] = []
         self.connections = self.running = self.peak = 0
         self.silent = False  # accept, and answer nothing
+        self.loading = 0.0  # s until the first token after a start
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -341,6 +342,7 @@ class Fake:
         yield head + (b"Content-Encoding: gzip\r\n" if "gzip" in order else b"") + b"\r\n"
         yield float(order.get("first", 0))
         if warming:
+            yield self.loading
             yield self._piece(text[0], "length") + b"0\r\n\r\n"
             return
         if "line" in order:
@@ -960,6 +962,11 @@ def test_missing_model_and_silence_have_their_words_real(tmp_path: Path) -> None
                 fake.silent, cut = True, time.monotonic()  # as a link that is cut: all is accepted, nothing answered
                 assert [data["error"]["code"] for name, data in events if name == "error"] == ["backend_failed"]
             assert time.monotonic() - cut < 7 and server.health()["reason"] == "silent_link"
+        fake.silent, fake.loading = False, 60.0
+        with proxy(tmp_path, "--backend", fake.url) as server:
+            wait_for(lambda: server.health()["status"] == "warming", 5)
+            fake.silent = True
+            wait_for(lambda: server.health()["reason"] == "silent_link", 9, "a link that dies while weights load")
 
 
 def test_socket_joins_and_a_new_one_takes_over(tmp_path: Path) -> None:
