@@ -195,9 +195,9 @@ SYSTEM = "\n".join(
 
 def band_schema(max_tokens: int) -> dict[str, Any]:
     """Return the JSON schema of six flat strings; the order of its keys is the order of generation."""
-    # The lengths end an answer before max_tokens even where a small model rambles: three characters a token, the least
-    # that European languages need. llama.cpp refuses a maxLength of 2,000 and more.
-    most = {band.name: min(1999, int(band.share * max_tokens * 3)) for band in BANDS}
+    # The lengths end an answer before max_tokens even where a small model rambles: 64 tokens for keys and quotes, and
+    # three characters a token, the least that European languages need. llama.cpp refuses a maxLength of 2,000 and more.
+    most = {band.name: min(1999, int(band.share * (max_tokens - 64) * 3)) for band in BANDS}
     texts = {name: {"type": "string", "minLength": 1, "maxLength": length} for name, length in most.items()}
     return {"type": "object", "properties": texts, "required": [*texts], "additionalProperties": False}
 

@@ -545,7 +545,7 @@ def test_schema_and_system_prompt_come_from_the_table() -> None:
     schema = sp.band_schema(1024)
 
     assert [*schema["properties"]] == schema["required"] == BAND_NAMES
-    assert sum(text["maxLength"] for text in schema["properties"].values()) <= 3 * 1024
+    assert sum(text["maxLength"] for text in schema["properties"].values()) <= 3 * (1024 - 64)
     assert all(re.search(rf"^{band.name}: ", sp.SYSTEM, re.MULTILINE) for band in sp.BANDS)
 
 
