@@ -526,7 +526,7 @@ uninstall() {
     if run sshd -t; then run systemctl try-reload-or-restart ssh; else warn 'sshd is not reloaded'; fi
     end_tunnels
     run userdel -f scatter-tunnel || : # by force: what was just told to end may not be gone yet
-    run groupdel scatter || : # userdel may have taken it along
+    run groupdel scatter || :          # userdel may have taken it along
     run rm -rf "$ETC" "$APP" /run/scatter
     say 'The log stays: /var/log/scatter, a link to /var/log/private/scatter'
 }

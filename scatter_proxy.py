@@ -689,7 +689,7 @@ class Backend:
             try:
                 job.conclude()
             finally:
-                with anyio.move_on_after(1):  # s; to the last chunk, so that the lane stays open
+                with anyio.move_on_after(0.1):  # s; to the last chunk, so that the lane stays open
                     await lane.read_all()
 
 
@@ -782,7 +782,7 @@ class Job:
             self.task.cancel()
 
     def conclude(self) -> None:
-        """End with the document that the answer holds; raise ValueError where it holds none."""
+        """Take the document out of the answer; raise ValueError where it holds none."""
         answer = self.answer
         if answer.finish != "stop":
             raise ValueError(f"the answer ended with {answer.finish!r}")
@@ -795,7 +795,6 @@ class Job:
         self.metrics |= {"prompt_tokens": answer.prompt_tokens, "eval_tok_per_s": answer.eval_tok_per_s}
         self.metrics["model"] = answer.model or self.metrics["model"]
         self.sinc = ENCODE(make_document(texts)).encode()
-        self.end()
 
     def end(self, failure: Refusal | None = None) -> None:
         """End, without a document where there is a failure."""
@@ -832,17 +831,18 @@ class Reader:
 
     def next_bytes(self) -> bytes:
         """Return what was not said yet; of a plain answer all, at the end; of a stream with nothing new a comment."""
+        sinc = self.job.sinc if self.job.ended_at else b""
         if not self.streams:
-            return b'{"sinc":%s}' % self.job.sinc if self.job.sinc else b""
+            return b'{"sinc":%s}' % sinc if sinc else b""
         if self._log is not self.job.log:
             self._log, self._offset = self.job.log, 0
         said = bytes(self._log[self._offset :])
         self._offset += len(said)
         self.job.shown = self.job.shown or self._offset > self.job.begun
-        if self.job.sinc:
+        if sinc:
             metrics = self.metrics()
             told = {name: metrics[name] for name in STREAM_METRICS}
-            said += b'event: done\ndata: {"sinc":%s,"metrics":%s}\n\n' % (self.job.sinc, ENCODE(told).encode())
+            said += b'event: done\ndata: {"sinc":%s,"metrics":%s}\n\n' % (sinc, ENCODE(told).encode())
         return said or b": still here\n\n"
 
     def metrics(self) -> dict[str, Any]:
@@ -990,20 +990,21 @@ class Queue:
         if lane in backend.lanes:  # else the backend went down, and this is no slot any more
             backend.idle.append(lane)
         failure = (job.why_stopped or Refusal("stopping", 2)) if task.cancelled() else task.exception()
-        may_restart = bool(job.readers) and not (job.shown or job.has_restarted or self._drains_until)
         if isinstance(failure, LinkLost) and not backend.reason:
             backend.reason = str(failure)  # no more jobs until the probe, asked now, has answered
             backend.wake.set()
+        restarts = isinstance(failure, LinkLost) and bool(job.readers and self.up())
+        restarts = restarts and not (job.sinc or job.shown or job.has_restarted or self._drains_until)
         if job.sinc:
             speed = job.metrics["tok_per_s"]
             backend.tok_per_s, backend.model = 0.2 * speed + 0.8 * (backend.tok_per_s or speed), job.metrics["model"]
             self._see_model(backend)
-        elif isinstance(failure, LinkLost) and may_restart and self.up():
+        elif restarts:
             job.has_restarted, job.why_stopped, job.waits_since = True, None, time.monotonic()
             self.waiting.appendleft(job)
-        elif not job.ended_at:
-            job.end(as_refusal(failure, backend))
-        self.dispatch()
+        self.dispatch()  # before anyone is told: a GPU that waits costs more than a reader who does
+        if not restarts:
+            job.end(None if job.sinc else as_refusal(failure, backend))
 
     def _ended(self, job: Job) -> None:
         if self._active.get(job.prompt) is job:
