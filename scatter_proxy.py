@@ -499,10 +499,12 @@ class Lane:
             except BROKEN:
                 raise LinkLost("no_model_server") from None
             finally:
-                if answer:
-                    await answer.aclose()
-                if not (self._http and self._http.is_idle()):
-                    self.close()
+                try:
+                    if answer:
+                        await answer.aclose()
+                finally:  # also where we are cancelled just then
+                    if not (self._http and self._http.is_idle()):
+                        self.close()
 
     async def _send(self, request: httpcore.Request, is_kept: bool) -> httpcore.Response:
         """Send a request, on a new connection unless the old one is kept; return the answer, its body still to read."""

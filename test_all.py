@@ -951,6 +951,25 @@ def test_offline_is_told_at_once_and_hits_are_served(tmp_path: Path) -> None:
         assert told == [("up", None), ("down", "no_tunnel"), ("up", None)]
 
 
+def test_lane_that_is_cancelled_while_it_tidies_up_dials_again(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cancelled(_: Any) -> None:
+        raise asyncio.CancelledError
+
+    async def version(lane: sp.Lane) -> bytes:
+        async with lane.ask("/api/version"):
+            return await lane.read_all()
+
+    async def ask() -> bytes:
+        lane = sp.Lane(fake.url)
+        with monkeypatch.context() as patch:
+            patch.setattr(sp.httpcore.Response, "aclose", cancelled)
+            with pytest.raises(asyncio.CancelledError):
+                await version(lane)
+        return await version(lane)
+
+    assert b"version" in asyncio.run(ask())
+
+
 def test_missing_model_and_silence_have_their_words_real(tmp_path: Path) -> None:
     with Fake() as fake:
         fake.missing = True
