@@ -2995,7 +2995,7 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packages += ",ca-certificates,python3-certbot-nginx,pebble"  # pebble is an ACME server for tests
     if not root.exists():
         options = f"--variant=minbase --skip=cleanup/apt --include={packages}"  # the cache is for --packages
-        command = f"mmdebstrap -q {options} bookworm {root} http://deb.debian.org/debian"
+        command = f"mmdebstrap -q {options} bookworm {root}"
         subprocess.run(command.split(), check=True)
     wheels = re.findall(r'^#  *"([^"]+)"', (HERE / "scatter_proxy.py").read_text(), re.MULTILINE)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "-w", root / "root/wheels", *wheels], check=True)
