@@ -430,6 +430,14 @@ class Wire(httpcore.AsyncNetworkStream):
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer, self._unsent = reader, writer, b""
 
+    def is_dropped(self) -> bool:
+        """Tell whether the other side closed the connection."""
+        return self._reader.at_eof() or self._writer.is_closing()
+
+    def abort(self) -> None:
+        """Break the connection off at once: the model must stop."""
+        self._writer.transport.abort()
+
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Keep what is to be sent until the answer is read for."""
         self._unsent += buffer
@@ -442,8 +450,8 @@ class Wire(httpcore.AsyncNetworkStream):
         return await self._reader.read(max_bytes)
 
     async def aclose(self) -> None:
-        """Break the connection off at once: the model must stop."""
-        self._writer.transport.abort()
+        """Break the connection off, as httpcore asks."""
+        self.abort()
 
 
 class Lane:
@@ -451,21 +459,20 @@ class Lane:
 
     def __init__(self, address: str) -> None:
         self._address = address  # a Unix socket's path, or http://HOST:PORT
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._wire: Wire | None = None  # None until dialled, and when broken off
         self._http: httpcore.AsyncHTTP11Connection | None = None
         self._body: AsyncIterator[bytes] | None = None  # of the answer that is being read
         self._lock = asyncio.Lock()  # a job may come while its idle lane is being opened again
 
     def is_dropped(self) -> bool:
         """Tell whether the other side closed the connection while it was idle."""
-        return self._writer is not None and (self._reader.at_eof() or self._writer.is_closing())
+        return self._wire is not None and self._wire.is_dropped()
 
     def close(self) -> None:
         """Break the connection off; the next request dials again."""
-        if self._writer:
-            self._writer.transport.abort()
-        self._writer = None
+        if self._wire:
+            self._wire.abort()
+        self._wire = None
 
     @contextlib.asynccontextmanager
     async def ask(self, path: str, body: bytes = b"") -> AsyncIterator[None]:
@@ -477,7 +484,7 @@ class Lane:
         url = httpcore.URL(scheme=b"http", host=b"localhost", target=path.encode())
         request = httpcore.Request(b"POST" if body else b"GET", url, headers=headers, content=body)
         async with self._lock:
-            is_kept, answer = self._writer is not None and not self.is_dropped(), None
+            is_kept, answer = self._wire is not None and not self._wire.is_dropped(), None
             try:
                 try:
                     answer = await self._send(request, is_kept)
@@ -514,12 +521,12 @@ class Lane:
             try:
                 with anyio.fail_after(PROBE_SECONDS):
                     if self._address[0] == "/":
-                        self._reader, self._writer = await asyncio.open_unix_connection(self._address)
+                        self._wire = Wire(*await asyncio.open_unix_connection(self._address))
                     else:
-                        self._reader, self._writer = await asyncio.open_connection(host, int(port or 80))
+                        self._wire = Wire(*await asyncio.open_connection(host, int(port or 80)))
             except OSError as exc:
                 raise LinkLost("silent_link" if isinstance(exc, TimeoutError) else "no_tunnel") from None
-            self._http = httpcore.AsyncHTTP11Connection(ORIGIN, Wire(self._reader, self._writer))
+            self._http = httpcore.AsyncHTTP11Connection(ORIGIN, self._wire)
         return await self._http.handle_async_request(request)
 
     async def read(self) -> bytes:
@@ -1133,7 +1140,7 @@ class History:
         # Of the documents, by where they came from: the values of each of NUMBERS.
         self.columns = {cache: tuple(deque((), most) for _ in NUMBERS) for cache in self.cache}
         self.tokens, self.sums = 0, Counter[str]()  # of generations; s
-        self.buckets = {"generation": [0] * 15, "time_to_first_token": [0] * 15}
+        self.buckets = {name: [0] * (len(BUCKETS) + 1) for name in ("generation", "time_to_first_token")}
         self._up: set[str] = set()  # backends
         self.changes: deque[tuple[float, bool]] = deque(maxlen=10_000)  # (epoch s, whether a backend was up from then)
 
@@ -1153,7 +1160,7 @@ class History:
             self.cache[record["cache"]] += 1
             if record["cache"] == "miss":
                 self.tokens += tokens
-                for name, seconds in (("generation", elapsed), ("time_to_first_token", ttft)):
+                for name, seconds in zip(self.buckets, (elapsed, ttft)):
                     self.sums[name] += seconds
                     self.buckets[name][bisect.bisect_left(BUCKETS, seconds)] += 1
         elif code not in REFUSALS:
@@ -1218,7 +1225,7 @@ def prometheus(queue: Queue) -> str:
     metric("scatter_backend_up", "gauge", "Whether it takes jobs.", up, "backend")
     for name, counts in history.buckets.items():
         edges = [*map(float, BUCKETS), "+Inf"]
-        samples = {f'_bucket{{le="{edge}"}}': sum(counts[: n + 1]) for n, edge in enumerate(edges)}
+        samples = {f'_bucket{{le="{edge}"}}': n for edge, n in zip(edges, itertools.accumulate(counts))}
         samples |= {"_sum": round(history.sums[name], 6), "_count": sum(counts)}
         metric(f"scatter_{name}_seconds", "histogram", "Of finished generations.", samples)
     metric("scatter_log_lines_lost_total", "counter", "Log lines that could not be written.", queue.log_file.lost)
@@ -1231,19 +1238,22 @@ def prometheus(queue: Queue) -> str:
 
 
 def lines_of(paths: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of logs, cut where they are longer than any of ours; on a terminal tell how many there were."""
+    """Yield the lines of logs, cut where longer than any of ours; on a terminal tell how many. Raises Unable."""
     count, on_terminal = 0, sys.stderr.isatty()
-    for path in paths:
-        with open(path, encoding="ascii", errors="replace") as file:
-            for line in iter(partial(file.readline, LINE_LIMIT), ""):
-                yield line
-                count += 1
-                if on_terminal and count % 50_000 == 0:
-                    print(f"{count:,} lines", end="\r", file=sys.stderr, flush=True)
+    try:
+        for path in paths:
+            with open(path, encoding="ascii", errors="replace") as file:
+                for line in iter(partial(file.readline, LINE_LIMIT), ""):
+                    yield line
+                    count += 1
+                    if on_terminal and count % 50_000 == 0:
+                        print(f"{count:,} lines", end="\r", file=sys.stderr, flush=True)
+    except OSError as exc:
+        raise Unable(f"{exc.filename}: {exc.strerror}; give a file that can be read", 1) from None
 
 
 def print_stats(paths: Sequence[str]) -> None:
-    """Print what logs tell; torn, foreign and future lines are passed over, and counted. Raises OSError."""
+    """Print what logs tell; torn, foreign and future lines are passed over, and counted. Raises Unable."""
     history, lines, skipped = History(), 0, 0
     decode = json.JSONDecoder().raw_decode  # json.loads would take half as long again
     latest = time.time() + 60  # epoch s; clocks may differ a bit
@@ -1957,9 +1967,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             serve(parse_settings(argv, os.environ))
     except BrokenPipeError:
         sys.stdout = None  # whoever read us has seen enough; nothing is left to flush
-    except OSError as exc:
-        print(f"error: {exc.filename}: {exc.strerror}; give a file that can be read", file=sys.stderr)
-        return 1
     except Unable as exc:
         print(f"error: {exc}", file=sys.stderr)
         return exc.status
