@@ -99,6 +99,12 @@ def finished(command: Sequence[Any], **options: Any) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, check=False, text=True, **options)
 
 
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
 def program(
     *argv: Any, log: Path, ready: str = "", seconds: float = 20, **environ: str
@@ -766,26 +772,37 @@ def test_raw_request_has_one_clean_end(front: Proxy, fake: Fake) -> None:
     assert "Traceback" not in (front.folder / "proxy.out").read_text()[said:]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nginx"), reason="needs root and nginx")
+@contextlib.contextmanager
+def nginx(site: Path, front: str, is_limited: bool) -> Iterator[str]:
+    """A real nginx with what install.sh writes, before a proxy at HOST:PORT and the pages in a folder; give its URL."""
+    zones, shared, ours = re.findall(r"<<'CONF'\n(.*?\n)CONF", SCRIPT.read_text(), re.DOTALL)[-3:]
+    (own := site / "nginx").mkdir()
+    shared = shared if is_limited else re.sub(r"limit_(req|conn) [^;]*;", "", shared)
+    (own / "nginx-proxy.conf").write_text(shared)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    places = " ".join(f"{kind}_temp_path {own};" for kind in kinds)
+    at, ours = f"127.0.0.1:{free_port()}", ours.replace("/etc/scatter", str(own))
+    (own / "conf").write_text(
+        f"user root; daemon off; pid {own}/pid; error_log stderr notice; events {{}}\n"
+        f"http {{ default_type text/html; access_log off; {places}\n{zones.replace('127.0.0.1:8461', front)}"
+        f"server {{ listen {at}; root {site};\n{ours} }} }}\n"
+    )
+    with program("nginx", "-p", own, "-c", own / "conf", log=own / "out", ready="start worker"):
+        yield f"http://{at}"
+
+
+NEEDS_NGINX = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nginx"), reason="needs root and nginx")
+
+
+@NEEDS_NGINX
 def test_nginx_in_front_makes_at_most_one_request_of_one_real(tmp_path: Path) -> None:
     """The raw requests, each also with a second one hidden behind it, through what install.sh writes."""
-    zones, more, site = re.findall(r"<<'CONF'\n(.*?)\nCONF", (HERE / "install.sh").read_text(), re.DOTALL)[-3:]
-    with Played() as app, socket.create_server(("127.0.0.1", 0)) as free:
-        hidden = WHOLE.replace(b"/scatter", b"/hidden")
-        port, site = free.getsockname()[1], site.replace("/etc/scatter/nginx-proxy.conf", f"{tmp_path}/more")
-        free.close()
-        (tmp_path / "more").write_text(re.sub(r"limit_(req|conn) [^;]*;", "", more))  # they have tests of their own
-        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        places = " ".join(f"{kind}_temp_path {tmp_path};" for kind in kinds) + "access_log off;\n"
-        server = f"server {{ listen 127.0.0.1:{port};\n{site}\nlocation / {{ return 404; }} }}"
-        conf = f"user root; daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors; events {{}} http {{ {places}"
-        (tmp_path / "conf").write_text(f"{conf}{zones.replace('127.0.0.1:8461', app.at)}\n{server} }}")
-        with program("/usr/sbin/nginx", "-p", tmp_path, "-c", tmp_path / "conf", log=tmp_path / "log"):
-            wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 5)
-            for request in (first + second for _, first in RAW_REQUESTS for second in (b"", hidden)):
-                before, sent = len(app.saw), request.replace(b"/scatter", b"/api/ai-transform")
-                assert b"HTTP/1.1 500" not in raw(f"http://127.0.0.1:{port}", sent, 0.5)
-                assert len(app.saw) <= before + 1 and app.saw[-1][0] != "/hidden", request[:200]
+    hidden = WHOLE.replace(b"/scatter", b"/hidden")
+    with Played() as app, nginx(tmp_path, app.at, is_limited=False) as url:  # the limits have tests of their own
+        for request in (first + second for _, first in RAW_REQUESTS for second in (b"", hidden)):
+            before, sent = len(app.saw), request.replace(b"/scatter", b"/api/ai-transform")
+            assert b"HTTP/1.1 500" not in raw(url, sent, 0.5)
+            assert len(app.saw) <= before + 1 and app.saw[-1][0] != "/hidden", request[:200]
         assert len(app.saw) > 20
 
 
@@ -1708,21 +1725,10 @@ def test_real_markup_stays_text(tmp_path: Path) -> None:
 EXAMPLE = re.findall("```html\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[0]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nginx"), reason="needs nginx, and root for its folders")
+@NEEDS_NGINX
 def test_real_readme_page_works_in_another_server_block(front: Proxy, tmp_path: Path) -> None:
-    zones, shared, site = re.findall(r"<<'CONF'\n(.*?\n)CONF", SCRIPT.read_text(), re.DOTALL)[-3:]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    (tmp_path / "nginx-proxy.conf").write_text(shared)
     (tmp_path / "index.html").write_text(EXAMPLE)
-    (tmp_path / "nginx.conf").write_text(
-        f"user root; daemon off; pid {tmp_path}/pid; error_log stderr notice; events {{}}\n"
-        f"http {{ default_type text/html; access_log off;\n"
-        + zones.replace("127.0.0.1:8461", front.url[7:])
-        + f"server {{ listen {url[7:]}; root {tmp_path};\n{site.replace('/etc/scatter', str(tmp_path))} }} }}\n"
-    )
-    nginx = program("nginx", "-c", tmp_path / "nginx.conf", log=tmp_path / "nginx.out", ready="start worker")
-    with nginx, visit(url) as page:
+    with nginx(tmp_path, front.url[7:], is_limited=True) as url, visit(url) as page:
         assert page.evaluate("Object.keys(window).filter((name) => !before.has(name))") == ["scatter"]
         page.click("button")
         shows(page, "#bands:not([aria-busy]) [data-band='5'] p", "é")
@@ -2435,9 +2441,12 @@ class SlowLink(threading.Thread):
             os.close(fd)
 
 
-def children(process: subprocess.Popen[bytes]) -> list[int]:
-    """Return its children, the youngest last."""
-    return [int(pid) for pid in finished(["pgrep", "-P", str(process.pid)]).stdout.split()]
+def children(parent: int) -> list[int]:
+    """Return a process's children, the youngest last."""
+    return [int(pid) for pid in finished(["pgrep", "-P", str(parent)]).stdout.split()]
+
+
+TUNNEL_RULES = "MaxSessions 0\nAllowStreamLocalForwarding remote\nStreamLocalBindUnlink yes\nStreamLocalBindMask 0117"
 
 
 class FarHost(contextlib.ExitStack):
@@ -2447,8 +2456,7 @@ class FarHost(contextlib.ExitStack):
         if not shutil.which("sshd", path="/usr/sbin"):
             pytest.skip("no sshd")
         super().__init__()
-        with socket.create_server(("127.0.0.1", 0)) as unused:
-            port = unused.getsockname()[1]
+        port = free_port()
         self.where = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="sc")))  # a socket's path is short
         self.home, self.sock, self.log = self.where / "h", self.where / "gpu.sock", self.where / "log"
         self.inside = inside or contextlib.nullcontext()  # where the workstation is
@@ -2461,8 +2469,7 @@ class FarHost(contextlib.ExitStack):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.where / "host"], check=True)
         (self.where / "auth").write_text(self.tell("key", "--name", "gpu").stdout)
         (self.home / "known_hosts").write_text(f"[{at}]:{port} {(self.where / 'host.pub').read_text()}")
-        rules = rules or f"""AllowTcpForwarding yes\nPermitListen {self.door.at}\nPermitOpen {self.door.at}
-MaxSessions 0\nAllowStreamLocalForwarding remote\nStreamLocalBindUnlink yes\nStreamLocalBindMask 0117"""
+        rules = rules or f"PermitListen {self.door.at}\nPermitOpen {self.door.at}\n{TUNNEL_RULES}"
         (self.where / "sshd").write_text(f"""Port {port}\nListenAddress {at}\nHostKey {self.where}/host\nPidFile none
 StrictModes no\nAuthorizedKeysFile {self.where}/auth\nUsePAM {"no" if os.geteuid() else "yes"}\n{rules}\n""")
         if not os.geteuid():
@@ -2477,7 +2484,7 @@ StrictModes no\nAuthorizedKeysFile {self.where}/auth\nUsePAM {"no" if os.geteuid
 
     def end_sshd(self) -> None:
         """End sshd and its sessions, as a reboot does; one whose link is dead would stay."""
-        for pid in [*children(self.sshd), self.sshd.pid] if self.sshd.poll() is None else ():
+        for pid in [*children(self.sshd.pid), self.sshd.pid] if self.sshd.poll() is None else ():
             os.kill(pid, signal.SIGKILL)
         self.sshd.wait()
 
@@ -2535,11 +2542,11 @@ def test_tunnel_comes_up_says_so_is_redialled_and_leaves_nothing_real(far: FarHo
         assert told["up"] and told["up_since"] == state["up_since"] and told["redials"] >= 1 and told["bytes"] > 0
         assert told.keys() > {"last_error", "round_trip", "refused", "model", "mirror", "paused_until", "running"}
         assert "gpu serves at" in far.tell("status").stdout
-        ssh = children(child)[0]
+        ssh = children(child.pid)[0]
         child.terminate()
         assert child.wait(3) == 0 and gone(ssh) and far.tell("status").returncode == 1
     child = far.up()
-    ssh = children(child)[0]
+    ssh = children(child.pid)[0]
     child.kill()
     wait_for(lambda: gone(ssh), 2)
 
@@ -2557,7 +2564,7 @@ def test_tunnel_over_a_slow_link_that_is_cut_real() -> None:
         return served - began
 
     def cut(answer: Future[httpx.Response] | None = None) -> None:
-        link.cut, began, session = True, time.monotonic(), children(far.sshd)[-1]
+        link.cut, began, session = True, time.monotonic(), children(far.sshd.pid)[-1]
         assert not answer or code_of(answer.result(7)) == "backend_failed"
         soon(lambda: front.health()["status"] == "offline", began + 9 - time.monotonic())
         soon(lambda: not far.state()["up_since"] and len(model.left) == bool(answer), began + 9 - time.monotonic())
@@ -2574,15 +2581,15 @@ def test_tunnel_over_a_slow_link_that_is_cut_real() -> None:
         setup = f"clock = tunnel.boot_clock; late = lambda: clock() + 60 * tunnel.Path({str(slept)!r}).exists()"
         child = far.up("--target", model.url[7:], setup=setup + "; tunnel.Tunnel.__init__.__defaults__ = (late,)")
         soon(lambda: front.health()["status"] == "ok")
-        kills = [redialled(5, lambda: os.kill(children(child)[0], signal.SIGKILL))]
+        kills = [redialled(5, lambda: os.kill(children(child.pid)[0], signal.SIGKILL))]
         cut()
         answer = pool.submit(front.post, "!pace=1")
         soon(lambda: model.running)
         cut(answer)
         redialled(3, lambda: link.home.ip("address delete 10.77.0.2/24 dev wan\naddress add 10.77.0.3/24 dev wan"))
-        kills.append(redialled(5, lambda: os.kill(children(child)[0], signal.SIGKILL)))
+        kills.append(redialled(5, lambda: os.kill(children(child.pid)[0], signal.SIGKILL)))
         redialled(3, slept.touch)
-        kills.append(redialled(5, lambda: os.kill(children(child)[0], signal.SIGKILL)))
+        kills.append(redialled(5, lambda: os.kill(children(child.pid)[0], signal.SIGKILL)))
         redialled(5, lambda: (far.end_sshd(), far.start_sshd()))
         print("ssh killed, serving again:", kills, "dialled, serving:", dials)
         overbooked = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # ssh's key exchange takes as much longer
@@ -2671,7 +2678,7 @@ def test_mirror_through_cuts_kills_and_rotation_real(far: FarHost) -> None:
             child = far.run(setup=quick)
         if random.random() < 0.1:
             with contextlib.suppress(IndexError, ProcessLookupError):
-                os.kill(children(child)[0], signal.SIGKILL)
+                os.kill(children(child.pid)[0], signal.SIGKILL)
         time.sleep(0.06)
     soon(lambda: mirror.read_bytes() == far.door.history, 15)
     assert far.door.history.count(b"\n") == 10_000
@@ -3507,13 +3514,11 @@ def test_chain_that_loses_ssh_says_so_and_comes_back_real(chain_real: Chain) -> 
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A whole chain by its parts, of which each is [process, how it is started]; ssh is started by the tunnel."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        front, target = (free.getsockname()[1] for free in (one, two))
+    front, target = free_port(), free_port()
     (tmp_path / "backends").mkdir()
     own = ["--backend", "none", "--backend-dir", tmp_path / "backends", "--log", tmp_path / "log", "--port", front]
     commands = {"proxy": [sys.executable, sp.__file__, *own, "--max-tokens", 128], "model": [SCRIPT, "model", target]}
-    rules = f"PermitOpen 127.0.0.1:{front}\nMaxSessions 0\nAllowStreamLocalForwarding remote\n"
-    with FarHost(rules + "StreamLocalBindUnlink yes\nStreamLocalBindMask 0117") as far:
+    with FarHost(f"PermitOpen 127.0.0.1:{front}\n{TUNNEL_RULES}") as far:
 
         def start(part: str) -> Any:
             if part == "sshd":
@@ -3526,7 +3531,7 @@ def parts(tmp_path: Path) -> Iterator[dict[str, Any]]:
         more = ["--front", f"127.0.0.1:{front}", "--target", f"127.0.0.1:{target}", "--remote"]
         child = far.run(*more, str(tmp_path / "backends" / "gpu.sock"))
         held |= {"sshd": [far.sshd, lambda: start("sshd")], "ssh": [None, lambda: None]}
-        yield held | {"id": lambda: children(child)[0]}
+        yield held | {"id": lambda: children(child.pid)[0]}
 
 
 def test_chaos_is_outlived_real(parts: dict[str, Any]) -> None:
@@ -3557,7 +3562,7 @@ def test_chaos_is_outlived_real(parts: dict[str, Any]) -> None:
             asked = pool.submit(document, f"Plan party number {len(back)}")
             time.sleep(random.random() * 2)  # at any stage of it
             pid, killed = parts["id"]() if part == "ssh" else parts[part][0].pid, time.monotonic()
-            for one in [*map(int, finished(["pgrep", "-P", str(pid)]).stdout.split()), pid]:  # sshd with its sessions
+            for one in [*children(pid), pid]:  # sshd with its sessions
                 os.kill(one, signal.SIGKILL)
             time.sleep(random.random())
             parts[part][0] = parts[part][1]()  # as a service manager does
@@ -4051,8 +4056,7 @@ class Link:
     """The whole way of a request: proxy, sshd, a link, slow or not, ssh, guard, model server."""
 
     def __init__(self, held: Bench, folder: Path, model: str, is_slow: bool, *flags: Any) -> None:
-        rules = "AllowTcpForwarding yes\nAllowStreamLocalForwarding remote\nStreamLocalBindUnlink yes"
-        self.far, self.dialled, self.pid = held.enter_context(FarHost(rules)), multiprocessing.Value("d", 0.0), 0
+        self.far, self.dialled, self.pid = held.enter_context(FarHost(TUNNEL_RULES)), multiprocessing.Value("d", 0.0), 0
         known, sshd = self.far.home / "known_hosts", self.far.flags[2]
         at = f":{sshd}"
         if is_slow:
@@ -4071,7 +4075,7 @@ class Link:
 
     def kill(self) -> float:
         """Kill ssh; return the s until a document is served again."""
-        os.kill(children(self.tunnel)[0], signal.SIGKILL)
+        os.kill(children(self.tunnel.pid)[0], signal.SIGKILL)
         return self.serves(time.monotonic())
 
     def cut(self, in_flight: bool) -> tuple[float, float]:
