@@ -1264,7 +1264,7 @@ def print_stats(paths: Sequence[str]) -> None:
             if not 0 < record["ts"] <= latest or len(line) > end + 1:
                 raise ValueError("a clock that was wrong, or two lines in one")
             history.take(record)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             skipped += 1
     print("\n".join([f"{lines:,} lines, {skipped:,} of them skipped", *history.report()]))
 
