@@ -535,6 +535,7 @@ main() {
     here=$(CDPATH='' cd "$(dirname "$(readlink -f "$0")")" && pwd) venv=$here/.venv action=${1:-}
     PATH=$PATH:/usr/sbin:/sbin # where sshd and nginx are, and not on every user's PATH
     [ $# -eq 0 ] || shift
+    case $action${1:-} in demo--help | vps--help | uninstall--help | model--help) action=--help ;; esac
     case $action in
         demo) demo "$@" ;;
         vps | uninstall) exec 9</etc && flock 9 && "$action" "$@" ;; # two at once would undo what the other wrote
