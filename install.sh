@@ -498,6 +498,7 @@ vps() {
     done
     tmp=$(mktemp -d)
     trap put_back EXIT && trap 'exit 1' HUP INT TERM PIPE
+    exec 9</etc && flock 9 # two at once would undo what the other wrote
     check_request
     check_machine
     [ -z "$problems" ] || die "nothing was changed:$problems"
@@ -513,7 +514,7 @@ uninstall() {
     [ "$dry_run" = yes ] || is_root || die 'not root: run it with sudo'
     if [ ! -d "$ETC" ]; then say 'nothing to remove' && return; fi
     tmp=$(mktemp -d)
-    trap 'rm -rf "$tmp"' EXIT && trap 'exit 1' HUP INT TERM PIPE
+    trap 'rm -rf "$tmp"' EXIT && trap 'exit 1' HUP INT TERM PIPE && exec 9</etc && flock 9
     ! has nginx || ! is_root || nginx -t 2>"$tmp/said" || die "nginx -t fails; mend it first: $(head -n 1 "$tmp/said")"
     run systemctl -q disable --now scatter-proxy || :
     for site in $(our_sites | grep -vxF "$OWN_SITE"); do put "$(readlink -m "$site")" grep -vE "$OURS" "$site"; done
@@ -537,8 +538,7 @@ main() {
     [ $# -eq 0 ] || shift
     case $action${1:-} in demo--help | vps--help | uninstall--help | model--help) action=--help ;; esac
     case $action in
-        demo) demo "$@" ;;
-        vps | uninstall) exec 9</etc && flock 9 && "$action" "$@" ;; # two at once would undo what the other wrote
+        demo | vps | uninstall) "$action" "$@" ;;
         test) run_tests "$@" ;;
         model) serve_model "$@" ;;
         -h | --help) sed -n '2,/^$/ s/^# \{0,1\}//p' "$here/install.sh" ;;

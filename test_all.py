@@ -2716,7 +2716,7 @@ def traps(tmp_path: Path) -> Path:
     for name in CHANGING.split():
         (folder / name).write_text(f"#!/bin/sh\necho {name} >>{tmp_path}/ran\n")
         (folder / name).chmod(0o755)
-    for name in ("dirname", "grep", "id", "sed"):  # what is asked before anything is done
+    for name in ("dirname", "grep", "id", "readlink", "sed"):  # what is asked before anything is done
         (folder / name).symlink_to(f"/usr/bin/{name}")
     return folder
 
