@@ -377,16 +377,16 @@ site_text() {
 
 # Print the files with our line that nginx itself reads: behind links, too, and no backups beside them.
 our_sites() { nginx -T 2>/dev/null | awk -v ours="$OURS" '/^# config/ { f = $4 } $0 ~ ours { print f }' | tr -d :; }
-nginx_workers() { ps -o pid= --ppid "$(systemctl show -P MainPID nginx)"; }
+workers() { ps -o pid= --ppid "$(systemctl show -P MainPID nginx)"; }
 
 load_nginx() {
     nginx -T >"$tmp/nginx" 2>&1 || { tail -n 5 "$tmp/nginx" && return 1; }
     ! grep 'conflicting server name' "$tmp/nginx" || return 1 # it only warns, and then never asks the second
     [ -n "$(our_sites)" ] || { say "it does not read $site: name a file that it does with --site" && return 1; }
-    nginx_workers >"$tmp/workers" || :
+    workers >"$tmp/workers" || :
     systemctl reload-or-restart nginx || return 1
     # A reload that cannot listen goes on as it was, with the old workers, and says so in nginx's own log alone.
-    for _ in 1 2 3 4 5 6 7 8 9; do if nginx_workers | grep -qvxFf "$tmp/workers"; then return; else sleep 0.5; fi; done
+    for _ in 1 2 3 4 5 6 7 8 9; do if workers | grep -qvxFf "$tmp/workers"; then return; else sleep 0.5; fi; done
     tail -n 2 /var/log/nginx/error.log && return 1
 }
 
