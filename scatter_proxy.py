@@ -670,7 +670,7 @@ class Backend:
 
     def _become(self, reason: str) -> None:
         told = None
-        if self.is_told_up != (not reason) and reason != "warming":
+        if self.is_told_up != (not reason):
             self.is_told_up, told = not reason, "down" if reason else "up"
         if told or reason != self.reason:
             self.reason, self.since = reason, time.time()

@@ -1290,6 +1290,20 @@ def test_no_slot_and_no_reader_is_ever_lost(acts: list[tuple[str, int, bool]]) -
     asyncio.run(play())
 
 
+def test_backend_that_loads_again_is_told_down_and_its_first_warm_up_is_not() -> None:
+    async def play() -> list[tuple[str, str | None]]:
+        play = Play()
+        stage = play.queue.backends["a"]
+        stage._become("warming")
+        stage.turn()
+        stage.fall("warming")  # as llama.cpp's 503 to a probe has it
+        with pytest.raises(sp.Refusal, match="model_offline"):
+            play.queue.read("x", streams=False)
+        return [(line["event"], line["reason"]) for line in play.lines]
+
+    assert asyncio.run(play()) == [("up", None), ("down", "warming")]
+
+
 def test_stop_when_idle_is_quick_and_clean(fake: Fake, tmp_path: Path) -> None:
     with proxy(tmp_path, "--backend", fake.url) as server:
         server.up()
