@@ -668,6 +668,11 @@ class Backend:
         self.lanes, self.idle = [], []
         self.dialect, self._is_warm = None, False  # another model server may stand there when it comes back
 
+    def end(self, reason: str) -> None:
+        """Go down for good."""
+        self.life.cancel()
+        self.fall(reason)
+
     def _become(self, reason: str) -> None:
         told = None
         if self.is_told_up != (not reason):
@@ -889,9 +894,7 @@ class Queue:
                         status = entry.stat()
                         seen[entry.name[:-5]] = os.path.abspath(entry.path), status.st_ino, status.st_ctime_ns
         for name in [name for name, backend in self.backends.items() if backend.place != seen.get(name)]:
-            gone = self.backends.pop(name)
-            gone.life.cancel()
-            gone.fall("no_tunnel")
+            self.backends.pop(name).end("no_tunnel")
         for name, place in seen.items():
             if name not in self.backends:
                 self.backends[name] = Backend(name, place, self.settings, self._changed)
@@ -1046,7 +1049,7 @@ class Queue:
                 reader.wake.set()
 
     def drain(self, now: float) -> bool:
-        """Refuse new work, tell the queued, let running jobs finish for 20 s; return whether none runs."""
+        """Refuse new work, tell the queued, let running jobs finish for 20 s; once none runs, end and return True."""
         if not self._drains_until:
             self._drains_until = now + 20  # s; the unit's TimeoutStopSec is longer
             log.info("stopping; running jobs: %d", len(self.running))
@@ -1054,6 +1057,8 @@ class Queue:
                 self.waiting.popleft().end(Refusal("stopping", 2))
         for job in self.running if now > self._drains_until else ():
             job.stop(Refusal("stopping", 2))
+        while self.backends and not self.running:
+            self.backends.popitem()[1].end("stopping")  # or the log would have it up until the next start
         return not self.running
 
 
@@ -1086,7 +1091,9 @@ class LogFile(RotatingFileHandler, WatchedFileHandler):
         super().__init__(path, maxBytes=LOG_LIMIT, backupCount=LOG_KEPT, encoding="ascii")
         self._statstream()  # from here on WatchedFileHandler knows which file we hold
         self.lost, self.history = 0, History(most=1000)
-        self.history.changes.append((self.history.since, False))
+        # Whoever was up when an earlier service was killed is not known to be now. A new file has nobody up.
+        start = {"ts": round(self.history.since, 3), "event": "start", "backend": None, "reason": None}
+        self.write(start) if os.path.getsize(path) else self.history.take(start)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
@@ -1148,7 +1155,10 @@ class History:
     def take(self, record: Mapping[str, Any]) -> None:
         """Count a record. Raises ValueError, TypeError or KeyError where it is none of ours, and counts nothing."""
         ts, code = record["ts"], record.get("code")
-        if "event" in record:
+        if record.get("event") == "start":
+            self._up.clear()
+            self.changes.append((ts, False))
+        elif "event" in record:
             (self._up.add if record["event"] == "up" else self._up.discard)(record["backend"])
             self.changes.append((ts, bool(self._up)))
         elif code == "ok":

@@ -1311,6 +1311,7 @@ def test_stop_when_idle_is_quick_and_clean(fake: Fake, tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
 
         assert server.process.wait(5) == 0 and time.monotonic() - start < 1
+        assert [(r["event"], r["reason"]) for r in server.log()] == [("up", None), ("down", "stopping")]
 
 
 def test_stop_lets_the_running_end_and_tells_the_others(tmp_path: Path) -> None:
@@ -1430,6 +1431,19 @@ def test_log_survives_a_full_disk_and_a_moved_file(tmp_path: Path) -> None:
     log.write({"ts": 2, "code": "busy"})
     held = [(tmp_path / name).read_text() for name in ("moved", "x.jsonl")]
     assert held == [f'{{"ts": {n}, "code": "busy"}}\n' for n in (1, 2)]
+
+
+def test_killed_service_leaves_nobody_up(tmp_path: Path) -> None:
+    for name in ("a", "b"):  # killed while a was up; then b comes and goes
+        log = sp.LogFile(str(tmp_path / "log"))
+        log.write({"ts": time.time(), "event": "up", "backend": name, "reason": None})
+    log.write({"ts": time.time(), "event": "down", "backend": "b", "reason": "no_tunnel"})
+    held, lines = sp.History(), (tmp_path / "log").read_text().splitlines()
+    for line in lines:
+        held.take(json.loads(line))
+
+    assert [json.loads(line)["event"] for line in lines] == ["up", "start", "up", "down"]
+    assert list(held.changes)[1:] == list(log.history.changes) and not held.changes[-1][1]
 
 
 def test_log_is_rotated_and_five_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
