@@ -1048,14 +1048,14 @@ class Queue:
             if reader.streams and now - reader.sent_at > 10:  # s; every proxy's idle limit is longer (nginx: 60)
                 reader.wake.set()
 
-    def drain(self, now: float) -> bool:
+    def drain(self, now: float, at_once: bool = False) -> bool:
         """Refuse new work, tell the queued, let running jobs finish for 20 s; once none runs, end and return True."""
         if not self._drains_until:
             self._drains_until = now + 20  # s; the unit's TimeoutStopSec is longer
             log.info("stopping; running jobs: %d", len(self.running))
             while self.waiting:
                 self.waiting.popleft().end(Refusal("stopping", 2))
-        for job in self.running if now > self._drains_until else ():
+        for job in self.running if at_once or now > self._drains_until else ():
             job.stop(Refusal("stopping", 2))
         while self.backends and not self.running:
             self.backends.popitem()[1].end("stopping")  # or the log would have it up until the next start
@@ -1715,6 +1715,8 @@ async def read_body(receive: Receive) -> bytes:
                     return body
     except TimeoutError:
         raise Refusal("slow_body") from None
+    except asyncio.CancelledError:  # the service has stopped for all others
+        raise Refusal("stopping", 2) from None
     raise Refusal("cancelled")
 
 
@@ -1813,10 +1815,11 @@ class Scatter:
             await send({"type": "http.response.start", "status": status, "headers": head})
             file.seek(first)
             # In pieces, since memory is small, and others wait meanwhile.
-            while not is_head and (piece := file.read(min(BODY_LIMIT, last + 1 - first))):
-                first += len(piece)
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-                await asyncio.sleep(0)
+            with contextlib.suppress(asyncio.CancelledError):  # the service stops, and who reads slowly is cut
+                while not is_head and (piece := file.read(min(BODY_LIMIT, last + 1 - first))):
+                    first += len(piece)
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await asyncio.sleep(0)
             if is_head or first > last:  # else it was cut short under us, and the connection says so by its end
                 await send({"type": "http.response.body"})
 
@@ -1833,6 +1836,8 @@ class Scatter:
         except Refusal as refusal:
             outcome = refusal
             await refusal.response(told)(scope, receive, send)
+        except asyncio.CancelledError:  # the service has stopped; this client does not take its answer
+            outcome = Refusal("stopping")
         finally:
             # Here, however the sending ended: what only a generator's finally gives back is lost where the client is
             # gone before the first byte.
@@ -1922,7 +1927,7 @@ class Server(uvicorn.Server):
         self._slow: dict[Any, tuple[int, float]] = {}  # connection: (bytes that it has not taken, since when)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Begin to stop; at a second signal stop at once. The signal is not raised again: a clean stop exits with 0."""
+        """Begin to stop; at a second signal end what runs. It is not raised again: a clean stop exits with 0."""
         self.force_exit, self.should_exit = self.should_exit, True
 
     async def on_tick(self, counter: int) -> bool:
@@ -1937,7 +1942,7 @@ class Server(uvicorn.Server):
             state = "STOPPING=1" if is_stopping else "READY=1\nSTATUS=" + " ".join(self.queue.status())
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
                 notifier.sendto(f"{state}\nWATCHDOG=1".encode(), address.replace("@", "\0", 1))
-        return is_stopping and (self.queue.drain(now) or self.force_exit)
+        return is_stopping and self.queue.drain(now, self.force_exit)
 
     def _cut_slow(self, now: float) -> None:
         """Cut connections over the two deadlines that uvicorn lacks: of a request's head, and of taking an answer."""
@@ -1979,7 +1984,8 @@ def serve(settings: Settings) -> None:
     quiet = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
     limits = {"h11_max_incomplete_event_size": HEAD_LIMIT, "backlog": 1024}
     limits |= {"timeout_keep_alive": 75}  # s; longer than nginx's 60, so that nginx closes: no 502 from a race
-    modes = {"http": Protocol, "ws": "none", "lifespan": "off", "loop": "asyncio", "timeout_graceful_shutdown": 2}
+    limits |= {"timeout_graceful_shutdown": 0.3}  # s; for who sends or takes too slowly; idle, a stop takes 0.3 s more
+    modes = {"http": Protocol, "ws": "none", "lifespan": "off", "loop": "asyncio"}
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("scatter_proxy %s: listening on http://%s:%d", VERSION, host, door.getsockname()[1])
     Server(uvicorn.Config(app, **quiet, **limits, **modes), scatter.queue).run(sockets=[door])

@@ -1305,13 +1305,33 @@ def test_backend_that_loads_again_is_told_down_and_its_first_warm_up_is_not() ->
 
 
 def test_stop_when_idle_is_quick_and_clean(fake: Fake, tmp_path: Path) -> None:
-    with proxy(tmp_path, "--backend", fake.url) as server:
+    (tmp_path / "log.jsonl.1").write_text(f"{'x' * 99}\n" * 99_999)
+    with proxy(tmp_path, "--backend", fake.url) as server, contextlib.ExitStack() as held:
         server.up()
+        at = "127.0.0.1", int(server.url.split(":")[2])
+        half, deaf = (held.enter_context(socket.create_connection(at, 5)) for _ in range(2))
+        half.sendall(WHOLE[:-5])
+        deaf.sendall(b"GET /log.1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert deaf.recv(9)
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
 
         assert server.process.wait(5) == 0 and time.monotonic() - start < 1
         assert [(r["event"], r["reason"]) for r in server.log()] == [("up", None), ("down", "stopping")]
+        assert b" 503 " in (said := half.recv(9999)) and b'{"error":{"code":"stopping"' in said
+        assert "Traceback" not in (tmp_path / "proxy.out").read_text()
+
+
+def test_second_signal_ends_what_runs_and_tells(tmp_path: Path) -> None:
+    with chain(tmp_path) as (server, _), server.stream("runs !hang") as events:
+        told = [next(events)]
+        for _ in range(2):
+            server.process.send_signal(signal.SIGINT)
+            wait_for(lambda: "stopping" in (tmp_path / "proxy.out").read_text(), 2)
+        told += list(events)
+
+        assert told[-1][0] == "error" and told[-1][1]["error"]["code"] == "stopping" and server.process.wait(5) == 0
+        assert "Traceback" not in (tmp_path / "proxy.out").read_text()
 
 
 def test_stop_lets_the_running_end_and_tells_the_others(tmp_path: Path) -> None:
