@@ -763,7 +763,7 @@ class Job:
 
     def hear(self, dialect: type[Ollama | OpenAI], line: bytes) -> None:
         """Take a line of the model's answer: what it adds to the bands becomes deltas."""
-        answer, self.heard_at = self.answer, time.monotonic()
+        answer = self.answer
         try:
             text = dialect.read(line, answer)
             answer.text += text
@@ -773,6 +773,7 @@ class Job:
             raise ValueError(f"an answer over {ANSWER_LIMIT} characters")
         if not text:
             return
+        self.heard_at = time.monotonic()  # here: comments and empty pieces may come for ever
         answer.tokens += not answer.is_over  # until the backend says how many
         if self.metrics["ttft"] is None:
             self.metrics["ttft"] = self.heard_at - self.started_at

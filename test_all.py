@@ -1161,6 +1161,15 @@ def test_generation_has_its_time_limits(spoke: bool, silent: float, running: flo
     assert job.is_late(1000) == late
 
 
+def test_time_limits_run_on_over_pings_and_other_tries() -> None:
+    job, backend = sp.Job("x"), SimpleNamespace(name="a", model="m")
+    job.start(backend)
+    job.started_at = job.heard_at = 1.0  # long ago
+    for line in (b": ping", b'data: {"choices": [{"delta": {"content": ""}}]}'):
+        job.hear(sp.OpenAI, line)
+    assert job.heard_at == 1.0
+
+
 class Stage(sp.Backend):
     """A backend whose probes and answers are played by hand: turns holds what each lane in use waits for."""
 
