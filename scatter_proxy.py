@@ -733,7 +733,7 @@ class Job:
         self.position, self.has_restarted = 0, False  # position in the queue, as the log says: 1 is next
         self.log, self.shown, self.begun = bytearray(), False, 0  # shown: a reader was handed a delta
         self.waits_since = time.monotonic()
-        self.started_at = self.heard_at = self.ended_at = 0.0  # monotonic; 0 until then
+        self.started_at = self.heard_at = self.ended_at = 0.0  # monotonic; 0 until first so
         self.task: asyncio.Task[None] | None = None
         self.why_stopped: Exception | None = None
         self.failure: Refusal | None = None
@@ -755,8 +755,8 @@ class Job:
 
     def start(self, backend: Backend) -> None:
         """Start, or start again, on backend."""
-        self.position, self.started_at = 0, time.monotonic()
-        self.heard_at = self.started_at
+        self.position, self.heard_at = 0, time.monotonic()
+        self.started_at = self.started_at or self.heard_at  # a second try is of the same 300 s, and no wait
         where = {"backend": backend.name, "model": backend.model}
         self.begin("started", where)
         self.metrics |= where

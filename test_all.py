@@ -1169,6 +1169,9 @@ def test_time_limits_run_on_over_pings_and_other_tries() -> None:
         job.hear(sp.OpenAI, line)
     assert job.heard_at == 1.0
 
+    job.start(backend)
+    assert job.started_at == 1.0 < job.heard_at and job.is_late(302.0)
+
 
 class Stage(sp.Backend):
     """A backend whose probes and answers are played by hand: turns holds what each lane in use waits for."""
