@@ -600,14 +600,15 @@ class Backend:
     async def _probe(self) -> None:
         """Wait until the backend has answered; raise LinkLost where it is silent."""
         for may_ask_again in (self.dialect is not None, False):  # one lost packet must not take a GPU down
-            asked = time.monotonic()
             try:
                 with anyio.fail_after(PROBE_SECONDS):
                     await (self._get(self._probe_path) if self.dialect else self._find_dialect())
                 break
             except TimeoutError:
-                if self.dialect and self._heard_at > asked:
-                    break  # a job's bytes will do for an answer
+                # A job's bytes will do for an answer, but not old ones: a dead link is noticed 0.5 s, the 2 s between
+                # probes and two time-outs after its last byte, so that a job is settled within 7 s.
+                if self.dialect and time.monotonic() - self._heard_at < PROBE_SECONDS / 4:
+                    break
                 if not may_ask_again:
                     raise LinkLost("silent_link") from None
 

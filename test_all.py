@@ -1005,6 +1005,24 @@ def test_missing_model_and_silence_have_their_words_real(tmp_path: Path) -> None
             wait_for(lambda: server.health()["reason"] == "silent_link", 9, "a link that dies while weights load")
 
 
+def test_bytes_of_a_job_answer_a_probe_while_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def probe(last: float) -> None:
+        async def hear(_: str) -> None:  # a job's bytes, the last so many s after the question
+            for _ in range(round(last / 0.01)):
+                stage._heard_at = time.monotonic()
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(60)
+
+        stage = Play().queue.backends["a"]
+        stage.dialect, stage._get = sp.Ollama, hear
+        await stage._probe()
+
+    monkeypatch.setattr(sp, "PROBE_SECONDS", 0.2)
+    asyncio.run(probe(0.3))
+    with pytest.raises(sp.LinkLost, match="silent_link"):
+        asyncio.run(probe(0.03))
+
+
 def test_socket_joins_and_a_new_one_takes_over(tmp_path: Path) -> None:
     (tmp_path / "backends").mkdir()
     path = tmp_path / "backends" / "gpu-1a2b.sock"
