@@ -888,13 +888,19 @@ class Queue:
 
     def look(self) -> None:
         """See who came, who went, and whose socket was made anew: a tunnel that dialled again, so another backend."""
-        seen: dict[str, tuple[Any, ...]] = {url[7:]: (url,) for url in self.settings.backend if url != "none"}
-        with contextlib.suppress(OSError), os.scandir(self.settings.backend_dir) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    if re.fullmatch(r"[\w.-]+\.sock", entry.name, re.ASCII):  # whoever may forward chooses it
-                        status = entry.stat()
-                        seen[entry.name[:-5]] = os.path.abspath(entry.path), status.st_ino, status.st_ctime_ns
+        urls = (url for url in self.settings.backend if url != "none")
+        seen: dict[str, tuple[Any, ...]] = {url.removeprefix("http://"): (url,) for url in urls}
+        try:
+            with os.scandir(self.settings.backend_dir) as entries:
+                for entry in entries:
+                    with contextlib.suppress(OSError):
+                        if re.fullmatch(r"[\w.-]+\.sock", entry.name, re.ASCII):  # whoever may forward chooses it
+                            status = entry.stat()
+                            seen[entry.name[:-5]] = os.path.abspath(entry.path), status.st_ino, status.st_ctime_ns
+        except FileNotFoundError:
+            pass
+        except OSError:  # no descriptor is left, say: then what is known stays
+            seen |= {name: backend.place for name, backend in self.backends.items()}
         for name in [name for name, backend in self.backends.items() if backend.place != seen.get(name)]:
             self.backends.pop(name).end("no_tunnel")
         for name, place in seen.items():

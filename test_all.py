@@ -30,6 +30,7 @@ import asyncio
 import base64
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import gc
@@ -1021,6 +1022,21 @@ def test_bytes_of_a_job_answer_a_probe_while_they_come(monkeypatch: pytest.Monke
     asyncio.run(probe(0.3))
     with pytest.raises(sp.LinkLost, match="silent_link"):
         asyncio.run(probe(0.03))
+
+
+def test_folder_that_cannot_be_read_leaves_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(number: int) -> list[str]:
+        def fail(_: str) -> None:
+            raise OSError(number, "")
+
+        queue = sp.Queue(sp.Settings(backend=("none",)), sp.LogFile(os.devnull))
+        known = SimpleNamespace(place=("/a", 1, 2), prober=sp.Lane("/a"), end=lambda reason: None)
+        queue.backends = {"a": known}
+        monkeypatch.setattr(sp.os, "scandir", fail)
+        queue.look()
+        return [*queue.backends]
+
+    assert look(errno.EMFILE) == ["a"] and look(errno.ENOENT) == []
 
 
 def test_socket_joins_and_a_new_one_takes_over(tmp_path: Path) -> None:
