@@ -346,6 +346,19 @@ class Answer:
     eval_tok_per_s: float | None = None  # the backend's own figure, without queue, prompt and network
 
 
+def read_part(data: bytes) -> dict[str, Any]:
+    """Return a part of an answer; raise BackendError where it tells of an error."""
+    part = json.loads(data)
+    if part.get("error"):
+        raise BackendError(200, str(part["error"]))
+    return part
+
+
+def number_or(value: Any, otherwise: Any) -> Any:
+    """Return value where it is a number that can be: what is told beside a document must not cost the document."""
+    return value if type(value) in (int, float) and 1e-6 < value < 1e15 else otherwise  # the latter in ns: 11 days
+
+
 # The holes of a request's template. The rest of it is the same for every request, and encoded once.
 PROMPT, SEED, MAX_TOKENS = "<prompt>", "<seed>", "<max_tokens>"
 
@@ -366,14 +379,12 @@ class Ollama:
     @staticmethod
     def read(line: bytes, answer: Answer) -> str:
         """Take one line into answer; return the text that it adds."""
-        part = json.loads(line)
-        if "error" in part:
-            raise BackendError(200, str(part["error"]))
+        part = read_part(line)
         if part.get("done") is True:
             answer.is_over, answer.finish, answer.model = True, part.get("done_reason"), part.get("model", "")
-            answer.tokens = int(part.get("eval_count", answer.tokens))  # absent when 0, as all of these
-            answer.prompt_tokens = part.get("prompt_eval_count")
-            answer.eval_tok_per_s = answer.tokens / part.get("eval_duration", math.inf) * 1e9 or None  # from ns
+            answer.tokens = int(number_or(part.get("eval_count"), answer.tokens))  # absent when 0, as all of these
+            answer.prompt_tokens = number_or(part.get("prompt_eval_count"), None)
+            answer.eval_tok_per_s = answer.tokens / number_or(part.get("eval_duration"), math.inf) * 1e9 or None  # ns
         return part.get("response", "")
 
 
@@ -401,14 +412,12 @@ class OpenAI:
         answer.is_over = kind == b"data" and data.strip() == b"[DONE]"
         if kind != b"data" or answer.is_over:
             return ""  # or a comment
-        part = json.loads(data)
-        if "error" in part:
-            raise BackendError(200, str(part["error"]))
+        part = read_part(data)
         usage, timings = part.get("usage") or {}, part.get("timings") or {}  # null but in the last events
         answer.model = part.get("model") or answer.model
-        answer.tokens = int(usage.get("completion_tokens", answer.tokens))
-        answer.prompt_tokens = usage.get("prompt_tokens", answer.prompt_tokens)
-        answer.eval_tok_per_s = timings.get("predicted_per_second", answer.eval_tok_per_s)
+        answer.tokens = int(number_or(usage.get("completion_tokens"), answer.tokens))
+        answer.prompt_tokens = number_or(usage.get("prompt_tokens"), answer.prompt_tokens)
+        answer.eval_tok_per_s = number_or(timings.get("predicted_per_second"), answer.eval_tok_per_s)
         choice = (part.get("choices") or [{}])[0]
         answer.finish = choice.get("finish_reason") or answer.finish
         return (choice.get("delta") or {}).get("content") or ""

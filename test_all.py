@@ -896,6 +896,23 @@ def test_bad_answer_fails_its_job_alone(front: Proxy, order: str, code: str) -> 
     assert front.health()["backends"][0]["up"] and front.post(f"after {code}").status_code == 200
 
 
+@pytest.mark.parametrize("told", [None, -1, 0, 10**400, math.nan, math.inf, "6", [], True])
+def test_numbers_that_cannot_be_cost_no_document(told: Any) -> None:
+    more = dict.fromkeys(("eval_count", "prompt_eval_count", "eval_duration"), told) | {"error": None}
+    more |= {"usage": {"completion_tokens": told, "prompt_tokens": told}, "timings": {"predicted_per_second": told}}
+    text = json.dumps(dict.fromkeys(BAND_NAMES, "x"))
+    for dialect, parts in (
+        (sp.Ollama, [{"response": text}, {"response": "", "done": True, "done_reason": "stop", **more}]),
+        (sp.OpenAI, [{"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}, {"choices": [], **more}]),
+    ):
+        job = sp.Job("x")
+        job.start(SimpleNamespace(name="a", model="m"))
+        for part in parts:
+            job.hear(dialect, b"data: " * (dialect is sp.OpenAI) + json.dumps(part).encode())
+        job.conclude()
+        assert (job.metrics["tokens"], job.metrics["prompt_tokens"], job.metrics["eval_tok_per_s"]) == (1, None, None)
+
+
 LINES, PART = b"HTTP/1.1 200 OK\r\nContent-Length: ", b'{"model":"m","response":"%s","done":false}\n'
 CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 ANSWERS = {  # name: what the backend writes before it breaks the connection off; the code that the client is told
