@@ -87,6 +87,9 @@ def option(default: Any, text: str, *limits: Any) -> Any:
     return field(default=default, metadata={"help": text, "limits": limits or (".*",)})
 
 
+PORT = r"(:(\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]))?"  # to 65535
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything an operator can set; each is a flag, a SCATTER_ variable and a line of --help."""
@@ -94,7 +97,7 @@ class Settings:
     host: str = option("127.0.0.1", "address to listen on; nginx is what faces the internet")
     port: int = option(8461, "port to listen on; 0 takes a free one", 0, 65535)
     backend: tuple[str, ...] = option(
-        ("http://127.0.0.1:11434",), "a http://HOST:PORT, or none; repeatable", r"none|http://[\w.-]+(:\d{1,5})?"
+        ("http://127.0.0.1:11434",), "a http://HOST:PORT, or none; repeatable", r"none|http://[\w.-]+" + PORT
     )
     backend_dir: str = option("/run/scatter/backends", "folder where each NAME.sock is a workstation's tunnel")
     model: str = option("sinc-scatter", "model to ask for; the guard at home puts the real name there", r".*\S.*")
@@ -108,7 +111,7 @@ class Settings:
     queue_seconds: float = option(30.0, "seconds a job may wait for a slot", 0.1, 3600)
     cache: float = option(8.0, "MiB of documents kept in memory, for an hour; 0 keeps none", 0, 4096)
     allow_origin: tuple[str, ...] = option(
-        (), "other site whose pages may call, as https://HOST; repeatable", r"https?://[\w.-]+(:\d{1,5})?"
+        (), "other site whose pages may call, as https://HOST; repeatable", r"https?://[\w.-]+" + PORT
     )
     log: str = option("", "JSONL log; blank: $LOGS_DIRECTORY/scatter-api.jsonl, else scatter-api.jsonl here")
 

@@ -438,7 +438,7 @@ def code_of(answer: httpx.Response) -> str:
 def test_flag_wins_over_variable_over_default() -> None:
     environ = {"SCATTER_QUEUE": "7", "SCATTER_PORT": "1", "SCATTER_BACKEND": "http://a:1, none"}
 
-    settings = sp.parse_settings(["--port", "2"], environ)
+    settings = sp.parse_settings(["--port", "2", "--allow-origin", "https://a:65535"], environ)
 
     assert (settings.port, settings.queue, settings.slots) == (2, 7, 0)
     assert settings.backend == ("http://a:1", "none")
@@ -446,7 +446,8 @@ def test_flag_wins_over_variable_over_default() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--port x", "--port 65536", "--backend ftp://a:1", "--backend http://a:1/x", "--prompting json", "--cache inf"]
+    ["--port x", "--port 65536", "--backend ftp://a:1", "--backend http://a:1/x", "--backend http://a:65536"]
+    + ["--prompting json", "--cache inf"]
     + ["--temperature nan", "--queue -1", "--allow-origin https://a.org/", "--log /nowhere/x", "--host 9.9.9.9"],
 )
 def test_setting_that_cannot_work_is_one_line_and_exit_2(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
