@@ -876,8 +876,9 @@ class Reader:
 
     def metrics(self) -> dict[str, Any]:
         """Return the numbers of this reader's call: the generation's own, and its own time in the queue, in seconds."""
-        waited = max(0.0, (self.job.started_at or self.job.ended_at or time.monotonic()) - self.asked_at)
-        told = self.job.metrics | {"queue_time": waited, "cache": self.cache}
+        waited = (self.job.started_at or self.job.ended_at or time.monotonic()) - self.asked_at
+        missed = math.inf if self.cache == "hit" else max(0.0, -waited)  # of the generation, before this call
+        told = self.job.metrics | {"queue_time": max(0.0, waited), "missed": missed, "cache": self.cache}
         return {name: round(value, 4) if isinstance(value, float) else value for name, value in told.items()}
 
 
@@ -1757,8 +1758,8 @@ def parse_prompt(body: bytes) -> str:
 
 def number_headers(m: Mapping[str, Any], length: int) -> dict[str, str]:
     """Return the headers of a document of length bytes; in Server-Timing (ms) this call's times, none for a hit."""
-    spent = {"queue": m["queue_time"], "ttft": m["ttft"], "gen": m["gen_time"]}
-    timing = ", ".join(f"{name};dur={s * 1000 if m['cache'] != 'hit' else 0:.1f}" for name, s in spent.items())
+    spent = {"queue": m["queue_time"], "ttft": m["ttft"] - m["missed"], "gen": m["gen_time"] - m["missed"]}
+    timing = ", ".join(f"{name};dur={max(0.0, s) * 1000:.1f}" for name, s in spent.items())
     known = {"content-type": "application/json", "content-length": str(length), "server-timing": timing}
     speed, elapsed = f"{m['tok_per_s']:.1f}", f"{m['gen_time']:.3f}"
     return known | {"x-tok-per-s": speed, "x-gen-time": elapsed, "x-tokens": str(m["tokens"])}

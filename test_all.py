@@ -1117,6 +1117,19 @@ def test_same_prompt_at_once_is_one_generation(front: Proxy, fake: Fake) -> None
     assert fake.done.count("joined !pace=0.01") == 1
 
 
+def test_timing_is_of_the_call_not_of_the_generation() -> None:
+    job, told = sp.Job("x"), []
+    job.started_at = 100.0
+    job.metrics |= {"tokens": 60, "ttft": 0.5, "gen_time": 2.0, "tok_per_s": 30.0}
+    for cache, asked_at in (("miss", 99.0), ("joined", 101.0), ("hit", 103.0)):
+        (reader := sp.Reader(job, cache, streams=False)).asked_at = asked_at
+        headers = sp.number_headers(reader.metrics(), 1)
+        told.append(re.findall(r"dur=([\d.]+)", headers["server-timing"]))
+        assert headers["x-gen-time"] == "2.000"
+
+    assert told == [["1000.0", "500.0", "2000.0"], ["0.0", "0.0", "1000.0"], ["0.0", "0.0", "0.0"]]
+
+
 def test_queue_is_bounded_fair_and_honest(tmp_path: Path) -> None:
     def ask(n: int) -> tuple[float, list[tuple[str, Any]]]:
         with server.stream(f"prompt {n} !first=0.02") as events:
