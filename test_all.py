@@ -955,6 +955,30 @@ def test_link_that_broke_for_one_refuses_no_other(tmp_path: Path) -> None:
         assert {answer.status_code for tries in answers[4:] for answer in tries} == {200}
 
 
+@pytest.mark.parametrize(("after", "asked"), [(0.0, 2), (0.25, 1)])
+def test_kept_connection_that_breaks_is_asked_again_at_once_or_not(after: float, asked: int) -> None:
+    heads: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.read(999):
+            heads.append(head)
+            if b"/poison" in head:
+                await asyncio.sleep(after)
+                return writer.transport.abort()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    async def ask() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            lane = sp.Lane(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            for path in ("/fine", "/poison"):
+                async with lane.ask(path):
+                    await lane.read_all()
+
+    with pytest.raises(sp.LinkLost):
+        asyncio.run(ask())
+    assert len(heads) == 1 + asked
+
+
 def test_second_seed_mends_a_bad_answer(front: Proxy, fake: Fake) -> None:
     answer = front.post("mended !garbage_at=42")
 
