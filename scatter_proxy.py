@@ -1964,7 +1964,7 @@ class Server(uvicorn.Server):
         if counter % 10 == 0 and (address := os.environ.get("NOTIFY_SOCKET")):  # each second; sd_notify(3)
             state = "STOPPING=1" if is_stopping else "READY=1\nSTATUS=" + " ".join(self.queue.status())
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-                notifier.sendto(f"{state}\nWATCHDOG=1".encode(), address.replace("@", "\0", 1))
+                notifier.sendto(f"{state}\nWATCHDOG=1".encode(), re.sub("^@", "\0", address))
         return is_stopping and self.queue.drain(now, self.force_exit)
 
     def _cut_slow(self, now: float) -> None:

@@ -1423,6 +1423,18 @@ def test_stop_when_idle_is_quick_and_clean(fake: Fake, tmp_path: Path) -> None:
         assert "Traceback" not in (tmp_path / "proxy.out").read_text()
 
 
+def test_service_manager_is_told_wherever_it_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = SimpleNamespace(tick=lambda now: None, status=lambda: ("ok", ""))
+    server = sp.Server(sp.uvicorn.Config(None), queue)
+    for place in (str(tmp_path / "notify@1"), f"@scatter-{os.getpid()}@1"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind("\0" + place[1:] if place[0] == "@" else place)
+            manager.settimeout(0.2)
+            monkeypatch.setenv("NOTIFY_SOCKET", place)
+            asyncio.run(server.on_tick(0))
+            assert manager.recv(99) == b"READY=1\nSTATUS=ok \nWATCHDOG=1"
+
+
 def test_second_signal_ends_what_runs_and_tells(tmp_path: Path) -> None:
     with chain(tmp_path) as (server, _), server.stream("runs !hang") as events:
         told = [next(events)]
