@@ -1949,6 +1949,12 @@ class Server(uvicorn.Server):
         self.queue = queue
         self._slow: dict[Any, tuple[int, float]] = {}  # connection: (bytes that it has not taken, since when)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve, and say so: only now a signal ends us cleanly."""
+        await super().startup(sockets)
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        log.info("scatter_proxy %s: listening on http://%s:%d", VERSION, f"[{host}]" if ":" in host else host, port)
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Begin to stop; at a second signal end what runs. It is not raised again: a clean stop exits with 0."""
         self.force_exit, self.should_exit = self.should_exit, True
@@ -2009,8 +2015,6 @@ def serve(settings: Settings) -> None:
     limits |= {"timeout_keep_alive": 75}  # s; longer than nginx's 60, so that nginx closes: no 502 from a race
     limits |= {"timeout_graceful_shutdown": 0.3}  # s; for who sends or takes too slowly; idle, a stop takes 0.3 s more
     modes = {"http": Protocol, "ws": "none", "lifespan": "off", "loop": "asyncio"}
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info("scatter_proxy %s: listening on http://%s:%d", VERSION, host, door.getsockname()[1])
     Server(uvicorn.Config(app, **quiet, **limits, **modes), scatter.queue).run(sockets=[door])
 
 

@@ -1435,6 +1435,18 @@ def test_service_manager_is_told_wherever_it_listens(tmp_path: Path, monkeypatch
             assert manager.recv(99) == b"READY=1\nSTATUS=ok \nWATCHDOG=1"
 
 
+def test_signal_is_heeded_from_the_first_line_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("nobody would have ended us cleanly")
+
+    before = signal.signal(signal.SIGTERM, fail)
+    monkeypatch.setattr(sp.log, "info", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert sp.main(["--port", "0", "--backend", "none", "--log", str(tmp_path / "log")]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_second_signal_ends_what_runs_and_tells(tmp_path: Path) -> None:
     with chain(tmp_path) as (server, _), server.stream("runs !hang") as events:
         told = [next(events)]
