@@ -1738,10 +1738,12 @@ def test_stats_of_a_log_are_what_a_plain_count_says(tmp_path: Path) -> None:
     numbers = ({"cache": None}, {"elapsed": None}, {"ttft": math.nan}, {"ttft": math.inf})
     wrong += [{"code": "ok", **one} for one in numbers]
     foreign += [json.dumps({**told[0], **one}) for one in wrong]
-    log = tmp_path / "log"
-    log.write_text("\n".join([*foreign, *lines, lines[2][:30]]))
+    foreign += [json.dumps({"ts": now, "event": "up"}), json.dumps({"ts": now, "event": "up", "backend": []})]
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("\n".join([*foreign, *lines[:-2], lines[2][:30]]))
+    new.write_text("\n".join(lines[-2:]))  # the last event, and the last line
 
-    result = finished([sys.executable, HERE / "scatter_proxy.py", "stats", log])
+    result = finished([sys.executable, HERE / "scatter_proxy.py", "stats", new, old])
 
     rows = [line.split() for line in result.stdout.splitlines()]
     assert result.returncode == 0 and max(map(len, result.stdout.splitlines())) <= 80
