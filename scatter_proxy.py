@@ -693,7 +693,8 @@ class Backend:
         if self.is_told_up != (not reason):
             self.is_told_up, told = not reason, "down" if reason else "up"
         if told or reason != self.reason:
-            self.reason, self.since = reason, time.time()
+            self.since = time.time() if told or reason else self.since  # which stays where it was only in doubt
+            self.reason = reason
             self._on_change(self, told)
 
     async def generate(self, lane: Lane, job: Job, seed: int, max_tokens: int) -> None:

@@ -1397,7 +1397,11 @@ def test_backend_that_loads_again_is_told_down_and_its_first_warm_up_is_not() ->
         stage = play.queue.backends["a"]
         stage._become("warming")
         stage.turn()
+        up_since, stage.reason = stage.since, "no_tunnel"  # in doubt, after a broken link
+        stage.turn()
+        assert stage.since == up_since
         stage.fall("warming")  # as llama.cpp's 503 to a probe has it
+        assert stage.since > up_since
         with pytest.raises(sp.Refusal, match="model_offline"):
             play.queue.read("x", streams=False)
         return [(line["event"], line["reason"]) for line in play.lines]
