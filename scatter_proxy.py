@@ -2035,7 +2035,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format=form)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     try:
-        if argv[:1] == ["stats"] and "--help" not in argv:
+        if argv[:1] == ["stats"] and not {"-h", "--help"} & {*argv}:
             print_stats(argv[1:] or [parse_settings([], os.environ).log])
         else:
             serve(parse_settings(argv, os.environ))

@@ -473,6 +473,14 @@ def test_settings_are_within_their_limits_or_refused(flags: dict[str, str], vari
             assert type(value) is type(setting.default) and (not high or low <= value <= high[0])
 
 
+@pytest.mark.parametrize("argv", [["-h"], ["stats", "--help"], ["stats", "-h"]])
+def test_help_is_given_where_it_is_asked_for(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        sp.main(argv)
+
+    assert "scatter_proxy.py stats" in capsys.readouterr().out
+
+
 def test_taken_port_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = str(holder.getsockname()[1])
