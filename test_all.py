@@ -974,17 +974,21 @@ def test_kept_connection_that_breaks_is_asked_again_at_once_or_not(after: float,
                 await asyncio.sleep(after)
                 return writer.transport.abort()
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            if b"/idle" in head:  # RFC 9110, 15.5.9
+                await asyncio.sleep(0.01)
+                writer.write(b"HTTP/1.1 408 X\r\nContent-Length: 0\r\n\r\n")
 
     async def ask() -> None:
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             lane = sp.Lane(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-            for path in ("/fine", "/poison"):
+            for path in ("/idle", "/fine", "/poison"):
                 async with lane.ask(path):
                     await lane.read_all()
+                await asyncio.sleep(0.02)
 
     with pytest.raises(sp.LinkLost):
         asyncio.run(ask())
-    assert len(heads) == 1 + asked
+    assert len(heads) == 2 + asked
 
 
 def test_second_seed_mends_a_bad_answer(front: Proxy, fake: Fake) -> None:
