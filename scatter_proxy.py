@@ -934,7 +934,13 @@ class Queue:
             told_at = round(time.time(), 3)
             self.log_file.write({"ts": told_at, "event": told, "backend": backend.name, "reason": reason})
         self._see_model(backend)
+        while self.waiting and self._is_offline():
+            self.waiting.popleft().end(Refusal("model_offline", 5))
         self.dispatch()
+
+    def _is_offline(self) -> bool:
+        """Tell whether no backend is up, and none in doubt, which is waited for."""
+        return not any(backend.is_told_up for backend in self.backends.values())
 
     def up(self) -> list[Backend]:
         """Return the backends that take jobs."""
@@ -964,7 +970,7 @@ class Queue:
             return Reader(job, "joined", streams)
         if self._drains_until:
             raise Refusal("stopping", 2)
-        if not any(backend.is_told_up for backend in self.backends.values()):  # one in doubt is waited for
+        if self._is_offline():
             raise Refusal("model_offline", 5)
         if len(self.waiting) >= self.settings.queue and not self.free():
             raise self._busy()
@@ -1065,7 +1071,7 @@ class Queue:
         self.look()
         for job in [job for job in self.waiting if now - job.waits_since > self.settings.queue_seconds]:
             self.waiting.remove(job)
-            job.end(self._busy() if self.up() else Refusal("model_offline", 5))
+            job.end(self._busy())
         self.dispatch()
         for job in filter(lambda job: job.is_late(now), self.running):
             job.stop(Refusal("timed_out"))

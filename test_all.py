@@ -1218,6 +1218,15 @@ def test_waiter_that_leaves_frees_its_place_unseen(tmp_path: Path) -> None:
         wait_for(lambda: [r["code"] for r in server.log() if "code" in r] == told, 2, "a line for each")
 
 
+def test_waiter_is_told_offline_when_new_callers_are(tmp_path: Path) -> None:
+    with chain(tmp_path) as (server, fake), server.stream("!first=9") as running, server.stream("waits") as waiting:
+        assert [next(running)[0], next(waiting)[0]] == ["started", "queued"]
+        fake.close()
+
+        codes = [events[-1][1]["error"]["code"] for events in (list(running), list(waiting))]
+        assert codes == ["backend_failed", "model_offline"] and code_of(server.post("new")) == "model_offline"
+
+
 def test_waiter_is_told_busy_after_its_time(tmp_path: Path) -> None:
     with chain(tmp_path, "--queue-seconds", 0.5) as (server, _), server.stream("runs !first=2") as running:
         next(running)
@@ -1366,6 +1375,7 @@ class Play:
             assert len(stage.lanes) == len({*stage.idle}) + len(stage.jobs) == 2 * bool(stage.dialect), "a slot lost"
             assert len(stage.turns) == len(stage.jobs), "a slot over-used"
         assert not (queue.waiting and queue.free()) and len(queue.waiting) <= 4 + 6
+        assert not queue.waiting or any(stage.is_told_up for stage in queue.backends.values()), "a wait for nobody"
         assert [job.position for job in queue.waiting] == [*range(1, len(queue.waiting) + 1)]
         assert all(job.readers and not job.ended_at for job in [*queue.waiting, *jobs])
         assert set(queue._active.values()) == {*queue.waiting, *jobs}
