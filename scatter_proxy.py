@@ -744,8 +744,8 @@ class Job:
     the queue changes or the job starts again, which it does only while no reader was handed a delta.
     """
 
-    def __init__(self, prompt: str, on_end: Callable[[Job], None] = lambda job: None) -> None:
-        self.prompt, self._on_end = prompt, on_end
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
         self.readers: set[Reader] = set()
         self.position, self.has_restarted = 0, False  # position in the queue, as the log says: 1 is next
         self.log, self.shown, self.begun = bytearray(), False, 0  # shown: a reader was handed a delta
@@ -833,7 +833,6 @@ class Job:
         """End, without a document where there is a failure."""
         self.failure, self.ended_at = failure, time.monotonic()
         self.log += event("error", failure.body) if failure else b""
-        self._on_end(self)
         self.wake()
 
     def as_hit(self) -> Job:
@@ -935,7 +934,7 @@ class Queue:
             self.log_file.write({"ts": told_at, "event": told, "backend": backend.name, "reason": reason})
         self._see_model(backend)
         while self.waiting and self._is_offline():
-            self.waiting.popleft().end(Refusal("model_offline", 5))
+            self._end(self.waiting.popleft(), Refusal("model_offline", 5))
         self.dispatch()
 
     def _is_offline(self) -> bool:
@@ -974,7 +973,7 @@ class Queue:
             raise Refusal("model_offline", 5)
         if len(self.waiting) >= self.settings.queue and not self.free():
             raise self._busy()
-        job = self._active[prompt] = Job(prompt, self._ended)
+        job = self._active[prompt] = Job(prompt)
         reader = Reader(job, "miss", streams)
         self.waiting.append(job)
         self.dispatch()
@@ -997,7 +996,7 @@ class Queue:
             job.stop(Refusal("cancelled"))
         else:
             self.waiting.remove(job)
-            job.end(Refusal("cancelled"))
+            self._end(job, Refusal("cancelled"))
             self.dispatch()
 
     def dispatch(self) -> None:
@@ -1048,9 +1047,11 @@ class Queue:
             self.waiting.appendleft(job)
         self.dispatch()  # before anyone is told: a GPU that waits costs more than a reader who does
         if not restarts:
-            job.end(None if job.sinc else as_refusal(failure, backend))
+            self._end(job, None if job.sinc else as_refusal(failure, backend))
 
-    def _ended(self, job: Job) -> None:
+    def _end(self, job: Job, failure: Refusal | None = None) -> None:
+        """End a job, and keep its document."""
+        job.end(failure)
         if self._active.get(job.prompt) is job:
             del self._active[job.prompt]
         if job.sinc:
@@ -1071,7 +1072,7 @@ class Queue:
         self.look()
         for job in [job for job in self.waiting if now - job.waits_since > self.settings.queue_seconds]:
             self.waiting.remove(job)
-            job.end(self._busy())
+            self._end(job, self._busy())
         self.dispatch()
         for job in filter(lambda job: job.is_late(now), self.running):
             job.stop(Refusal("timed_out"))
@@ -1085,7 +1086,7 @@ class Queue:
             self._drains_until = now + 20  # s; the unit's TimeoutStopSec is longer
             log.info("stopping; running jobs: %d", len(self.running))
             while self.waiting:
-                self.waiting.popleft().end(Refusal("stopping", 2))
+                self._end(self.waiting.popleft(), Refusal("stopping", 2))
         for job in self.running if at_once or now > self._drains_until else ():
             job.stop(Refusal("stopping", 2))
         while self.backends and not self.running:
