@@ -751,7 +751,7 @@ class Job:
         self.log, self.shown, self.begun = bytearray(), False, 0  # shown: a reader was handed a delta
         self.waits_since = time.monotonic()
         self.started_at = self.heard_at = self.ended_at = 0.0  # monotonic; 0 until first so
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None]  # while it runs
         self.why_stopped: Exception | None = None
         self.failure: Refusal | None = None
         self.sinc, self.size = b"", 0  # the document, once validated; bytes in the cache
@@ -766,14 +766,14 @@ class Job:
     def begin(self, name: str, data: Mapping[str, Any]) -> None:
         """Begin the log, or begin it anew, with an event."""
         self.log = bytearray(event(name, data))
-        self.begun, self.answer, self._bands, self._texts = len(self.log), Answer(), BandReader(), [""] * len(BANDS)
-        self.metrics = dict.fromkeys(METRICS)
+        self.begun, self.metrics = len(self.log), dict.fromkeys(METRICS)
         self.wake()
 
     def start(self, backend: Backend) -> None:
         """Start, or start again, on backend."""
         self.position, self.heard_at = 0, time.monotonic()
         self.started_at = self.started_at or self.heard_at  # a second try is of the same 300 s, and no wait
+        self.answer, self._bands, self._texts = Answer(), BandReader(), [""] * len(BANDS)
         where = {"backend": backend.name, "model": backend.model}
         self.begin("started", where)
         self.metrics |= where
@@ -810,7 +810,7 @@ class Job:
 
     def stop(self, why: Exception) -> None:
         """End a running job's task at once; why decides what becomes of the job."""
-        if self.task and not self.why_stopped and not self.ended_at:
+        if not self.why_stopped:
             self.why_stopped = why
             self.task.cancel()
 
