@@ -318,11 +318,11 @@ class Refusal(Exception):
         self.status, message = REFUSALS[code]
         self.body = {"error": {"code": code, "message": message}}
 
-    def response(self, headers: Mapping[str, str] = NO_STORE) -> Response:
+    def response(self, headers: dict[str, str] | None = None) -> Response:
         """Return the answer to a client that was told nothing yet."""
         more = {"retry-after": str(self.retry_after)} if self.retry_after else {}
         more |= {"connection": "close"} if self.code == "slow_body" else {}  # what is still to come is no request
-        return JSONResponse(self.body, self.status, {**NO_STORE, **headers, **more})
+        return JSONResponse(self.body, self.status, NO_STORE | (headers or {}) | more)
 
 
 class LinkLost(Exception):
@@ -1722,7 +1722,7 @@ PAGE_HEADERS = WIDGET_HEADERS | {
 
 PUBLIC = "/api/ai-transform"  # nginx leads here, and to what stands below it; the other paths stay on the VPS
 JAVASCRIPT, PROMETHEUS = "text/javascript", "text/plain; version=0.0.4"  # media types
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
+STREAM_HEADERS = NO_STORE | {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
 OUR_HEADERS = ("X-Tok-Per-S", "X-Gen-Time", "X-Tokens", "X-Request-Id", "X-Cache", "Server-Timing", "Retry-After")
 
 
@@ -1777,7 +1777,7 @@ def number_headers(m: Mapping[str, Any], length: int) -> dict[str, str]:
     """Return the headers of a document of length bytes; in Server-Timing (ms) this call's times, none for a hit."""
     spent = {"queue": m["queue_time"], "ttft": m["ttft"] - m["missed"], "gen": m["gen_time"] - m["missed"]}
     timing = ", ".join(f"{name};dur={max(0.0, s) * 1000:.1f}" for name, s in spent.items())
-    known = {"content-type": "application/json", "content-length": str(length), "server-timing": timing}
+    known = NO_STORE | {"content-type": "application/json", "content-length": str(length), "server-timing": timing}
     speed, elapsed = f"{m['tok_per_s']:.1f}", f"{m['gen_time']:.3f}"
     return known | {"x-tok-per-s": speed, "x-gen-time": elapsed, "x-tokens": str(m["tokens"])}
 
@@ -1847,7 +1847,7 @@ class Scatter:
                 told["content-range"] = f"bytes {first}-{last}/{size}" if first <= last else f"bytes */{size}"
                 if first > last:
                     return await Refusal("no_such_bytes").response(told)(scope, receive, send)
-            told |= {"content-type": "application/jsonl", "content-length": str(last + 1 - first), **NO_STORE}
+            told |= NO_STORE | {"content-type": "application/jsonl", "content-length": str(last + 1 - first)}
             head = [(name.encode(), value.encode()) for name, value in told.items()]
             status = 206 if "content-range" in told else 200
             await send({"type": "http.response.start", "status": status, "headers": head})
@@ -1865,7 +1865,7 @@ class Scatter:
         """Answer a POST with a document, or the refusal that fits; count it, and write its line in the log."""
         headers, asked_at, prompt, reader = Headers(scope=scope), time.time(), None, None
         outcome: Refusal | None = Refusal("unavailable")
-        told = {"x-request-id": os.urandom(6).hex(), **NO_STORE}
+        told = {"x-request-id": os.urandom(6).hex()}
         try:
             check_head(headers, self.settings.allow_origin)
             prompt = parse_prompt(await read_body(receive))

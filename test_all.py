@@ -1072,10 +1072,10 @@ def test_bytes_of_a_job_answer_a_probe_while_they_come(monkeypatch: pytest.Monke
         stage.dialect, stage._get = sp.Ollama, hear
         await stage._probe()
 
-    monkeypatch.setattr(sp, "PROBE_SECONDS", 0.2)
-    asyncio.run(probe(0.3))
+    monkeypatch.setattr(sp, "PROBE_SECONDS", 0.1)
+    asyncio.run(probe(0.2))
     with pytest.raises(sp.LinkLost, match="silent_link"):
-        asyncio.run(probe(0.03))
+        asyncio.run(probe(0.02))
 
 
 def test_folder_that_cannot_be_read_leaves_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
