@@ -904,8 +904,7 @@ class Queue:
 
     def look(self) -> None:
         """See who came, who went, and whose socket was made anew: a tunnel that dialled again, so another backend."""
-        urls = (url for url in self.settings.backend if url != "none")
-        seen: dict[str, tuple[Any, ...]] = {url.removeprefix("http://"): (url,) for url in urls}
+        seen: Any = {url.removeprefix("http://"): (url,) for url in self.settings.backend if url != "none"}
         try:
             with os.scandir(self.settings.backend_dir) as entries:
                 for entry in entries:
