@@ -2241,6 +2241,29 @@ def test_tunnel_install_shows_each_file_and_changes_nothing(at_home: Path, capsy
     assert '"model": "m"' in said and "ExecStart=" in said and "systemctl" in said and not at_home.exists()
 
 
+@pytest.mark.skipif(bool(os.geteuid()), reason="needs root")
+def test_tunnel_root_writes_and_reads_in_a_home_as_its_owner_does() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        where, nobody = Path(folder), 65534
+        home, secret = where / "home", where / "secret"
+        where.chmod(0o755)
+        home.mkdir(mode=0o700)
+        secret.write_text("root's own")
+        secret.chmod(0o600)
+        for name in ("pause.json.new", "known_hosts"):
+            (home / name).symlink_to(secret)
+        os.chown(home, nobody, nobody)
+        env = {**os.environ, "SCATTER_HOME": folder + "/home"}
+        pause = [sys.executable, tunnel.__file__, "pause", "--target", "127.0.0.1:9"]
+        assert finished(pause, env=env).returncode
+        assert finished([*pause[:2], "run", "me@vps", "--log-file", secret], env=env).returncode
+        with tunnel.as_owner(home), pytest.raises(PermissionError):
+            (home / "known_hosts").read_text()
+        assert (os.geteuid(), secret.read_text(), secret.stat().st_uid) == (0, "root's own", 0)
+        (home / "pause.json.new").unlink()
+        assert finished(pause, env=env).returncode == 0 and (home / "pause.json").stat().st_uid == nobody
+
+
 # --- tunnel: setup ------------------------------------------------------------
 
 
@@ -2251,9 +2274,8 @@ def test_setup_pins_the_host_keys_of_today() -> None:
     assert tunnel.pinned(new, "vps", 2222, ["ssh-ed25519 A", "ssh-rsa B"]) == new
 
 
-def test_setup_words_mean_the_same_in_the_shell_there(tmp_path: Path) -> None:
-    (tmp_path / "install.sh").write_bytes(b"printf '%s|' \"$@\"\r\nexit 7\r\n")  # as git on Windows leaves it
-    files = tunnel.bundle([tmp_path / "install.sh"])
+def test_setup_words_mean_the_same_in_the_shell_there() -> None:
+    files = tunnel.bundle({"install.sh": b"printf '%s|' \"$@\"\r\nexit 7\r\n"})  # as git on Windows leaves it
     sent = subprocess.run(["sh", "-c", tunnel.RECEIVE], input=files, stdout=subprocess.PIPE, check=False)
     there = re.search(r"scatter: \d+ (\S+)", sent.stdout.decode())
     assert there

@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import encodings.idna  # noqa: F401 (else the first look-up loads it: as an account that may not read root's Python)
 import getpass
 import hashlib
 import http.client
@@ -105,6 +106,39 @@ def home_folder() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "scatter"
 
 
+def owner_of(home: Path) -> tuple[int, int]:
+    """Return user and group that root must be to work in this home; (0, 0) where we are not root, or it is root's."""
+    if WINDOWS or os.geteuid() or not home.exists():
+        return 0, 0
+    return home.stat().st_uid, home.stat().st_gid
+
+
+def become_owner(home: Path) -> None:
+    """As root, be the account that owns the home from now on: it may have laid links there, and wrote the settings."""
+    user, group = owner_of(home)
+    if user:
+        os.setgroups([])
+        os.setgid(group)
+        os.setuid(user)
+
+
+@contextlib.contextmanager
+def as_owner(home: Path) -> Iterator[None]:
+    """As root, be the account that owns the home for a while."""
+    (user, group), groups = owner_of(home), [] if WINDOWS else os.getgroups()
+    if user:
+        os.setgroups([])
+        os.setegid(group)
+        os.seteuid(user)
+    try:
+        yield
+    finally:
+        if user:
+            os.seteuid(0)
+            os.setegid(0)
+            os.setgroups(groups)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one where there is none, or it is not whole."""
     with contextlib.suppress(OSError, ValueError):
@@ -122,9 +156,6 @@ def write_atomically(path: Path, text: str, dry_run: bool = False) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".new")
         beside.write_bytes(content)
-        beside.chmod(0o644)  # the service's account may be another; what is private lies in our folder, which is closed
-        if not WINDOWS and os.geteuid() == 0:  # root may pause a service that runs as another account
-            os.chown(beside, path.parent.stat().st_uid, path.parent.stat().st_gid)
         beside.replace(path)
     return True
 
@@ -1221,24 +1252,28 @@ def put(path: Path, text: str, dry_run: bool) -> bool:
 
 def install(home: Path, flags: dict[str, Any]) -> int:
     """Keep the flags as settings, copy this script and what lies beside it, start the service unless it is up."""
-    settings, dry_run, (made, copies) = parse_settings(home, flags), flags["dry_run"], this_service(home)
-    given = {f.name: getattr(settings, f.name) for f in fields(Settings) if flags.get(f.name) is not None}
-    files = {home / "tunnel.json": json.dumps({**read_json(home / "tunnel.json"), **given}, indent=1) + "\n",
-             made.path: made.text}
-    if dry_run:
-        print(*files.values(), sep="\n")
-    else:
-        completed(settings, home)  # makes the key
-    own = Path(__file__).absolute()
+    dry_run, (made, copies) = flags["dry_run"], this_service(home)
+    own, path = Path(__file__).absolute(), home / "tunnel.json"
+    files = {made.path: made.text}
     files.update((c, own.with_name(c.name).read_text("utf-8")) for c in copies if own.with_name(c.name).exists())
     os.umask(0o022)  # the service's account is to read the folder of the script
-    changed = [put(path, text, dry_run) for path, text in files.items()]
-    state = read_json(home / "state.json")
-    if any(changed) or not state.get("up_since") or not is_running(home):  # what setup has mended is dialled now
+    with as_owner(home):
+        settings = parse_settings(home, flags)
+        given = {f.name: getattr(settings, f.name) for f in fields(Settings) if flags.get(f.name) is not None}
+        kept = json.dumps({**read_json(path), **given}, indent=1) + "\n"
+        if dry_run:
+            print(kept, made.text, sep="\n")
+        else:
+            completed(settings, home)  # makes the key
+        changed, state = [put(path, kept, dry_run)], read_json(home / "state.json")
+        is_up = bool(state.get("up_since")) and is_running(home)
+    changed += [put(path, text, dry_run) for path, text in files.items()]
+    if any(changed) or not is_up:  # what setup has mended is dialled now
         if made.lasting[0] and subprocess.run(made.lasting[0], capture_output=True, check=False).returncode:
             run_commands(made.lasting[1:2], dry_run)
             if not dry_run:
-                (home / "lasting").touch()  # ours to take away again
+                with as_owner(home):
+                    (home / "lasting").touch()  # ours to take away again
         if sys.platform != "linux":
             run_commands(made.disable, dry_run, needed=False)  # launchd and the scheduler do not replace what runs
         run_commands(made.enable, dry_run)
@@ -1375,10 +1410,11 @@ def check(home: Path, flags: dict[str, Any]) -> int:
             print("ok    " + line, flush=True)
         if not is_running(home):  # hold one as long as we ask
             write_atomically(home / "state.json", "{}")
-            own = vars(replace(settings, mirror="none"))  # root would own a copy that the service's account is to write
+            own = vars(settings)
             options = [f"--{name.replace('_', '-')}={own[name]}" for name in own if own[name] and name != "destination"]
             command = [sys.executable, __file__, "run", *options, settings.destination]
-            beside = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            environ = {**os.environ, "SCATTER_HOME": str(home)}  # the account's own default may be another
+            beside = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environ)
         for line in itertools.chain(link_hops(settings, home), url_hops(url) if url else ()):
             print("ok    " + line, flush=True)
     except Fatal as e:
@@ -1400,13 +1436,13 @@ RECEIVE = ('umask 077; at=$(mktemp -d /tmp/scatter.XXXXXX) && tar -xzmf - -C "$a
            "cat /etc/ssh/ssh_host_*_key.pub")
 
 
-def bundle(files: Sequence[Path]) -> bytes:
+def bundle(files: dict[str, bytes]) -> bytes:
     """Return the files as a compressed tar, with the ends of lines that a shell reads."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for path in files:
-            text = path.read_bytes().replace(b"\r\n", b"\n")  # as git on Windows may have made them
-            about = tarfile.TarInfo(path.name)
+        for name, content in files.items():
+            text = content.replace(b"\r\n", b"\n")  # as git on Windows may have made them
+            about = tarfile.TarInfo(name)
             about.size = len(text)
             tar.addfile(about, io.BytesIO(text))
     return packed.getvalue()
@@ -1437,20 +1473,25 @@ def public_url(domain: str) -> str:
 def setup(home: Path, flags: dict[str, Any]) -> int:
     """Make the VPS our front door, from nothing but ssh access to it; return the exit status of check."""
     admin, domain, dry_run = flags["admin"], flags["domain"], flags["dry_run"]
-    parse_settings(home, {"destination": admin})  # before ssh gets to see it
+    with as_owner(home):
+        parse_settings(home, {"destination": admin})  # before ssh gets to see it
     port = ["-p", flags["ssh_port"]] if flags["ssh_port"] else []
     said = subprocess.run(["ssh", *port, "-G", "--", admin], capture_output=True, text=True, check=False)
     if said.returncode:
         raise Fatal(f"ssh -G {admin}: {said.stderr.strip()[:300]}; mend ~/.ssh/config")
     host, at_port = (re.search(rf"(?m)^{word} (.+)$", said.stdout)[1] for word in ("hostname", "port"))
     flags = {**flags, "destination": "scatter-tunnel@" + host, "ssh_port": at_port}
-    settings = completed(parse_settings(home, flags), home)
-    files = [Path(__file__).absolute().with_name(name) for name in BUNDLE]
-    for path in files:
+    files, env = {}, home / "scatter.env"
+    for path in (Path(__file__).absolute().with_name(name) for name in BUNDLE):
         if not path.exists():
             raise Fatal(f"{path} is not there; keep {', '.join(BUNDLE)} in one folder")
-    files += [home / "scatter.env"] if (home / "scatter.env").exists() else []
-    words = ["--domain", domain, "--authorize", " ".join((*public_key(settings.identity), settings.name))]
+        files[path.name] = path.read_bytes()
+    with as_owner(home):
+        settings = completed(parse_settings(home, flags), home)
+        authorize = " ".join((*public_key(settings.identity), settings.name))
+        if env.exists():
+            files[env.name] = env.read_bytes()
+    words = ["--domain", domain, "--authorize", authorize]
     words += ["--site", flags["site"]] if flags["site"] else []
     words += [f"--{word.replace('_', '-')}" for word in ("packages", "dry_run") if flags[word]]
     with tempfile.TemporaryDirectory(prefix="scatter-") as folder:
@@ -1474,11 +1515,13 @@ def setup(home: Path, flags: dict[str, Any]) -> int:
     if status:
         raise Fatal(f"install.sh on {admin}: status {status}; mend what it says above, then run setup again")
     known = home / "known_hosts"
-    text = known.read_text("utf-8") if known.exists() else ""
-    put(known, pinned(text, host, int(at_port), keys), dry_run)
+    with as_owner(home):
+        text = known.read_text("utf-8") if known.exists() else ""
+        put(known, pinned(text, host, int(at_port), keys), dry_run)
     install(home, flags)
     if dry_run:
         return 0
+    become_owner(home)  # what root had to do is done
     url = public_url(domain)
     status = check(home, {**flags, "url": url})
     print(f"\n{url or 'http://' + domain}/api/ai-transform/page")
@@ -1588,7 +1631,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return args.do(home_folder(), vars(args))
+        home = home_folder()
+        if args.do not in (setup, install, uninstall):  # root's work is in other folders too
+            become_owner(home)
+        return args.do(home, vars(args))
     except Fatal as e:
         print(f"error: {e.args[0]}", file=sys.stderr)
         return e.args[1] if e.args[1:] else 1
