@@ -2088,6 +2088,13 @@ def test_tunnel_flag_wins_over_file_over_default(tmp_path: Path) -> None:
     assert (s.model, s.context, s.max_tokens) == ("m2", 4096, 4096)
 
 
+def test_tunnel_path_is_where_it_was_typed_or_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tunnel.json").write_text('{"identity": "key2"}')
+    monkeypatch.chdir(Path("/usr"))
+    s = tunnel_settings(tmp_path, identity=None, mirror="../m", log_file="")
+    assert (s.identity, s.mirror, s.log_file) == (str(tmp_path / "key2"), "/m", "")
+
+
 UNFIT = ["--name=Bad_Name", "--name=" + "a" * 33, "--target=127.0.0.1", "--target=h:65536", "--remote=0.0.0.0:11434"]
 UNFIT += ["--destination=-oProxyCommand=x", "--ssh-port=0", "--remote=/run/../x;y", "--context=x", "--model=a b"]
 
@@ -2099,10 +2106,12 @@ def test_tunnel_setting_that_cannot_work_is_named(at_home: Path, capsys: pytest.
 
 
 def test_tunnel_ssh_command_is_valid_and_pinned(tmp_path: Path) -> None:
-    home = tmp_path / "a home with spaces and 100%"
-    command = tunnel.ssh_command(tunnel_settings(home), home, 5, str(tmp_path / "front.sock"))
+    home = tmp_path / r"""a home's spaces, 100%h and "q\uotes" """
+    settings = tunnel_settings(home, identity=str(home / "key"))
+    command = tunnel.ssh_command(settings, home, 5, str(tmp_path / "front.sock"))
     said = subprocess.run(["ssh", "-G", *command[1:]], capture_output=True, text=True, check=True).stdout
-    assert f"userknownhostsfile {home}/known_hosts {Path.home()}/.ssh/known_hosts" in said
+    assert f"userknownhostsfile {home}/known_hosts {Path.home()}/.ssh/known_hosts\n" in said
+    assert f"identityfile {home}/key\n".replace("%", "%%") in said  # ssh -G shows it before it is expanded
     expected = "stricthostkeychecking true,batchmode yes,exitonforwardfailure yes,serveraliveinterval 3,forwardagent no"
     expected += ",serveralivecountmax 2,connecttimeout 5,controlmaster false,updatehostkeys false"
     assert set(expected.split(",")) <= set(said.splitlines())

@@ -174,6 +174,8 @@ def parse_settings(home: Path, flags: dict[str, Any]) -> Settings:
         value = value if flag is None else flag
         if value != f.default and not re.fullmatch(f.metadata["pattern"], str(value)):
             raise Fatal(f"{where}: {str(value)[:80]!r} does not fit; it is {f.metadata['help']}", 2)
+        if f.name in ("identity", "mirror", "log_file") and value not in ("", "none"):
+            value = os.path.abspath(os.path.join(home if flag is None else "", value))  # the service runs elsewhere
         values[f.name] = type(f.default)(value)
     return Settings(**values)
 
@@ -212,19 +214,25 @@ def public_key(identity: str) -> list[str]:
 
 # --- ssh command -------------------------------------------------------------
 
+def ssh_word(path: Any) -> str:
+    """Quote a path for the value of an ssh option, where a percent sign, quotes and backslashes have meanings."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", Path(path).as_posix()).replace("%", "%%") + '"'
+
+
 def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) -> list[str]:
     """Return the command that holds the tunnel; front_at is a socket's path or ADDRESS:PORT on this machine.
 
     -v makes ssh say what judging needs: the VPS's address, sshd's version, that the forward stands, or why it does not.
     """
-    known = (home / "known_hosts", Path.home() / ".ssh/known_hosts")
+    known = " ".join(ssh_word(folder / "known_hosts") for folder in (home, Path.home() / ".ssh"))
     options = (
+        f"IdentityFile={ssh_word(settings.identity)}",  # -i would take a percent sign as it is, or not, by its version
         "BatchMode=yes",  # a question that nobody answers would hang the service for ever
         "IdentitiesOnly=yes",  # an agent's other keys would use up sshd's MaxAuthTries
         "IdentityAgent=none",  # a locked agent asks its owner, and waits
         "PreferredAuthentications=publickey",  # each further method is one more failure that a banning sshd counts
         "StrictHostKeyChecking=yes",  # anyone on the way could be the VPS and read every prompt
-        "UserKnownHostsFile=" + " ".join('"' + p.as_posix().replace("%", "%%") + '"' for p in known),  # ours first
+        f"UserKnownHostsFile={known}",  # ours first
         "UpdateHostKeys=no",  # a VPS taken over could add keys to the pinned ones
         "ExitOnForwardFailure=yes",  # a link without its forward looks up and serves nobody
         "ConnectTimeout=5",  # seconds; a black hole would hold a dial for two minutes
@@ -239,8 +247,8 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
         "IPQoS=none",  # some routers freeze or starve marked packets
         "StreamLocalBindUnlink=yes",  # the -L socket that a killed run left would make the next one fail
     )
-    return ["ssh", "-F", "none", "-NTv", "-i", settings.identity.replace("%", "%%"), "-p", str(settings.ssh_port),
-            *itertools.chain(*(("-o", o) for o in options)), "-R", f"{settings.remote}:127.0.0.1:{guard_port}",
+    return ["ssh", "-F", "none", "-NTv", "-p", str(settings.ssh_port), *itertools.chain(*(("-o", o) for o in options)),
+            "-R", f"{settings.remote}:127.0.0.1:{guard_port}",
             "-L", f"{front_at}:{settings.front}", "--", settings.destination]
 
 
@@ -291,7 +299,7 @@ FAILURES = (  # kind, pace, pattern in ssh's words, cure
         "if the VPS was rebuilt, replace its line in {known_hosts}; else it is not the VPS")),
     ("host_key_unknown", "slow", r"No \S+ host key is known for.*|Host key verification failed.*", (
         "run `ssh -p {port} {destination}` once and compare the fingerprint")),
-    ("key_file", "slow", r"UNPROTECTED PRIVATE KEY FILE|Load key .*|Identity file .* not accessible.*", (
+    ("key_file", "slow", r"UNPROTECTED PRIVATE KEY FILE|Load key .*|no such identity: .*", (
         "make {identity} readable by its owner alone and whole, or remove it and run `tunnel.py key`")),
     ("auth", "slow", r"Permission denied \(.*|Too many authentication failures.*|No supported authentication.*", (
         "let the VPS authorise the line that `tunnel.py key` prints, for the account of {destination}")),
