@@ -2892,6 +2892,8 @@ def test_tunnel_plain_account_with_a_port_and_no_way_to_the_front_real() -> None
         wait_for(lambda: "no probe and no mirror" in far.log.read_text(), 8)
         soon(lambda: far.state()["front"] is None)
         assert tunnel.ask_once(at, "/api/version")[0] == 200 and far.state()["redials"] == 0
+        told = far.tell("check", *far.flags, "--remote", at)
+        assert told.returncode == 0 and "the VPS refuses the way to its " + far.door.at in told.stdout, told
 
 
 def test_tunnel_pause_gives_the_gpu_back_and_ends_by_itself_real(far: FarHost) -> None:
@@ -2956,8 +2958,28 @@ def test_tunnel_check_names_the_first_hop_that_fails_real(far: FarHost) -> None:
     child.wait()
     (far.where / "auth").write_text("")
     assert "FAIL  host key, login, forward: Permission denied" in far.tell("check", *far.flags).stdout
+    far.tell("pause", "--target", "127.0.0.1:1")
+    asked = len(far.model.saw)
+    paused = far.tell("check", *far.flags)
+    assert paused.returncode == 1 and "paused until" in paused.stdout and len(far.model.saw) == asked
+    far.tell("resume")
+    far.model.loaded.clear()
+    assert "ollama pull" in far.tell("check", *far.flags).stdout
+    for url in ("localhost", "http://h:99999", "https://[::1"):
+        assert far.tell("check", *far.flags, "--url", url).returncode == 2
     nothing = far.tell("check", *far.flags, "--target", "127.0.0.1:1")
     assert nothing.returncode == 1 and nothing.stdout.startswith("FAIL  model server") and "start it" in nothing.stdout
+
+
+def test_tunnel_of_a_check_ends_with_it_real(far: FarHost) -> None:
+    env = {**os.environ, "SCATTER_HOME": str(far.home)}
+    with subprocess.Popen([sys.executable, tunnel.__file__, "check", *far.flags], env=env, stdout=-1) as check:
+        assert check.stdout
+        any(b"TCP" in line for line in check.stdout)
+        own = soon(lambda: children(check.pid))
+        own += soon(lambda: children(own[0]))
+        check.kill()
+    wait_for(lambda: all(map(gone, own)), 4)
 
 
 # --- install: usage -----------------------------------------------------------

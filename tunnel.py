@@ -730,7 +730,7 @@ def chosen_model(wanted: str, installed: list[str], loaded: list[str]) -> tuple[
     """Return the model to serve, and what its owner should know of that: empty, or one sentence."""
     here = {*installed, *(name.split(":latest")[0] for name in installed)}
     if wanted:
-        absent = f"{wanted} is not installed here; there are: {', '.join(installed)}"
+        absent = f"{wanted} is not installed here (`ollama pull {wanted}` gets it); there are: {', '.join(installed)}"
         return wanted, absent if here and wanted not in here else ""
     if PLACEHOLDER_MODEL in here:
         return PLACEHOLDER_MODEL, ""
@@ -738,7 +738,7 @@ def chosen_model(wanted: str, installed: list[str], loaded: list[str]) -> tuple[
         if len(only) == 1:
             return only[0], ""
     several = f"several models are here and none is chosen; say --model with one of: {', '.join(installed)}"
-    return PLACEHOLDER_MODEL, several if installed else "no model is installed here"
+    return PLACEHOLDER_MODEL, several if installed else "no model is installed here; get one, as by `ollama pull NAME`"
 
 
 # --- supervising -------------------------------------------------------------
@@ -1391,9 +1391,17 @@ def link_hops(s: Settings, home: Path) -> Iterator[str]:
     yield f"host key, login, forward: up since {clock_time(state['up_since'])}, {s.remote} is ours"
     health, deadline = (0, None), time.monotonic() + 10.0  # seconds; the proxy looks every 2, and warms the model
     while (health[0] != 200 or backend_is_down(health[1], s.remote)) and time.monotonic() < deadline:
-        time.sleep(0.5 if health[0] else 0)
-        health = hop("front door", SEE_PROXY, lambda: ask_once(state["front"], "/health", timeout=5.0))
-    yield f"front door: {hop('front door', SEE_PROXY, lambda: said_ok(health)['status'])}, {s.front} on the VPS"
+        time.sleep(0.5 if health != (0, None) else 0)
+        state = read_json(home / "state.json")
+        if state.get("up_since") and not state["front"]:
+            yield f"front door: none, as the VPS refuses the way to its {s.front}; what is behind it is not asked"
+            return
+        try:
+            health = ask_once(state.get("front") or "", "/health", timeout=5.0)
+        except OSError as e:
+            health = (0, e)  # the link went, or the tunnel is about to say that the way is refused
+    seen = hop("front door", SEE_PROXY, lambda: need(health[0], health[1]) and said_ok(health)["status"])
+    yield f"front door: {seen}, {s.front} on the VPS"
     yield "document: " + hop("document", SEE_PROXY, lambda: task_of(ask_once(state["front"], "/scatter", ASK, 320.0)))
 
 
@@ -1413,16 +1421,22 @@ def url_hops(url: str) -> Iterator[str]:
 def check(home: Path, flags: dict[str, Any]) -> int:
     """Ask each hop in turn; the first that fails says what was seen and what mends it. Return 0 or 1."""
     settings, url, beside = completed(parse_settings(home, flags), home), flags["url"], None
+    if not re.fullmatch(rf"(https?://[\w.-]+(:{PORT})?(/\S*)?)?", url):
+        raise Fatal(f"--url: {url[:80]!r} does not fit; it is the website's address, as https://example.org", 2)
     try:
+        if paused_until(home):
+            raise Fatal(f"paused until {clock_time(paused_until(home))}; `tunnel.py resume` first")
         for line in home_hops(settings):
             print("ok    " + line, flush=True)
         if not is_running(home):  # hold one as long as we ask
             write_atomically(home / "state.json", "{}")
             own = vars(settings)
             options = [f"--{name.replace('_', '-')}={own[name]}" for name in own if own[name] and name != "destination"]
-            command = [sys.executable, __file__, "run", *options, settings.destination]
+            command, how = leashed([sys.executable, __file__, "run", *options, settings.destination], sys.platform)
             environ = {**os.environ, "SCATTER_HOME": str(home)}  # the account's own default may be another
-            beside = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environ)
+            beside = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environ, **how)
+            if WINDOWS:
+                enter_job()
         for line in itertools.chain(link_hops(settings, home), url_hops(url) if url else ()):
             print("ok    " + line, flush=True)
     except Fatal as e:
@@ -1430,8 +1444,9 @@ def check(home: Path, flags: dict[str, Any]) -> int:
         return 1
     finally:
         if beside:
-            beside.terminate()
-            beside.wait()
+            beside.stdin.close() if beside.stdin else beside.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it ends with us in any case
+                beside.wait(10.0)  # seconds; ssh has 2 of them
     return 0
 
 
