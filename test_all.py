@@ -2920,6 +2920,18 @@ def test_tunnel_pause_gives_the_gpu_back_and_ends_by_itself_real(far: FarHost) -
     soon(far.serves, 3)
 
 
+def test_tunnel_pause_does_not_say_free_when_it_cannot_know(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(at: str) -> str:
+        assert tunnel.main(["pause", "--target", at]) == 0
+        return capsys.readouterr().out
+    with Played() as server:
+        server.get = lambda request: server.reply(request, b"{}", 401)
+        assert "does not say" in said(server.at)
+        server.get = lambda request: request.connection.shutdown(socket.SHUT_RDWR)
+        assert "closed" in said(server.at)
+    assert "is free" in said(server.at)
+
+
 def test_mirror_through_cuts_kills_and_rotation_real(far: FarHost) -> None:
     random.seed(7)
     quick, mirror = "tunnel.MIRROR_EVERY = 0.05; tunnel.FIRST_WAITS = (0.05,)", far.home / "scatter-api.jsonl"

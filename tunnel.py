@@ -1101,16 +1101,18 @@ def pause(home: Path, flags: dict[str, Any]) -> int:
     deadline = time.monotonic() + 10.0  # seconds; the tunnel looks every TICK, Ollama frees memory late
     while is_running(home) and not read_json(home / "state.json").get("paused_until") and time.monotonic() < deadline:
         time.sleep(0.05)
-    loaded: list[str] = []
-    with contextlib.suppress(OSError):  # without a model server the memory is free
+    try:
         kind, _, loaded = models(settings.target)
         for name in loaded if kind == "ollama" else ():
             ask_once(settings.target, "/api/generate", {"model": name, "keep_alive": 0}, 10.0)
         while loaded and kind == "ollama" and time.monotonic() < deadline:
             time.sleep(0.1)
             loaded = models(settings.target)[2]
-    kept = f"{', '.join(loaded)} stays in memory; stop the model server to free the GPU"
-    print(kept if loaded else "the GPU's memory is free")
+        kept = f"{', '.join(loaded)} stays in memory" if loaded else "it does not say what it has in memory"
+        kept = "" if kind == "ollama" and not loaded else kept
+    except OSError as e:  # refused: nobody is there to hold memory
+        kept = "" if isinstance(e.__cause__, ConnectionRefusedError) else str(e)
+    print(f"model server: {kept}; stop it to free the GPU" if kept else "the GPU's memory is free")
     return 0
 
 
