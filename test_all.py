@@ -2164,6 +2164,18 @@ def test_tunnel_delays_have_jitter_and_bounds() -> None:
     assert tunnel.next_delay("busy", 7) == 2.0
 
 
+def test_tunnel_whose_dial_is_overtaken_by_a_wake_dials_at_once(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Overtaken(tunnel.Tunnel):
+        async def _dial(self, front: str) -> tunnel.Failure:
+            dials.append(self.redial("this machine slept") if not dials else None)
+            return tunnel.judge(255, "", {})
+    dials: list[None] = []
+    monkeypatch.setattr(tunnel, "next_delay", lambda *_: 60)
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(Overtaken(tunnel_settings(at_home), at_home)._supervise(), 0.05))
+    assert len(dials) == 2
+
+
 CHOICES = [("", "a sinc-scatter:latest", "a", "sinc-scatter"), ("", "a b", "b", "b"), ("", "a", "", "a")]
 CHOICES += [("x", "a", "a", "x"), ("", "a b", "", None), ("", "a b", "a b", None), ("", "", "", None)]
 

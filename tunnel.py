@@ -321,13 +321,11 @@ FAILURES = (  # kind, pace, pattern in ssh's words, cure
 CHATTER = re.compile(r"(?m)^(?:debug1: )?channel .*\n?")  # else a refused -L would be read as the reason of a later end
 
 
-def judge(status: int, words: str, places: dict[str, Any], asked: str = "") -> Failure:
-    """Return why ssh ended, from its exit status, its words (hostile: cut, cleaned), and our reason if we ended it.
+def judge(status: int, words: str, places: dict[str, Any]) -> Failure:
+    """Return why ssh ended, from its exit status and its words (hostile: cut, cleaned).
 
     places fills the cure: destination, port, identity, remote, known_hosts.
     """
-    if asked:
-        return Failure("ended", asked, "the tunnel is dialled again; nothing to do")
     for kind, pace, pattern, cure in FAILURES:
         found = re.search(pattern, CHATTER.sub("", words))
         if found:
@@ -861,7 +859,7 @@ class Tunnel:
             failure = await self._dial(front_address(self.home))
             held = self.clock() - self.up_at if self.up_at else 0.0
             self._tell(failure, was_up=held > 0)
-            if self.reason and held:  # a link that we ended is no failure to connect: dial again at once
+            if self.reason:  # a link or a dial that we ended is no failure to connect: dial again at once
                 failures = 0
                 continue
             failures = 1 if held > STEADY_AFTER else failures + 1
@@ -893,7 +891,9 @@ class Tunnel:
                     ssh.kill()
             await listening
             await ssh.wait()
-        return judge(ssh.returncode or 0, "\n".join(words), places, self.reason)
+        if self.reason:
+            return Failure("ended", self.reason, "the tunnel is dialled again; nothing to do")
+        return judge(ssh.returncode or 0, "\n".join(words), places)
 
     async def _listen(self, ssh: asyncio.subprocess.Process, words: deque[str], front: str) -> None:
         """Read what ssh says until it ends; notice what the rest of us needs to know."""
