@@ -2320,13 +2320,15 @@ def test_guard_makes_bodies_anew() -> None:
         return json.loads(tunnel.remade_body(path, json.dumps(body).encode(), OWNERS_LIMITS))
     text = {"type": "string", "maxLength": 9}
     schema = {"type": "object", "properties": {"a": text}, "required": ["a"], "additionalProperties": False}
-    hostile = {**schema, "properties": {"a": {**text, "pattern": "x", "$ref": "http://h"}}}
+    hostile = {**schema, "properties": {"a": {**text, "pattern": "x", "$ref": "http://h", "minItems": 99}}}
     asked = {"model": "other", "prompt": "hi", "keep_alive": 0, "images": ["x"], "raw": True, "template": "t"}
     asked |= {"context": [1], "format": hostile, "stream": True, "think": None}
     asked["options"] = {"num_ctx": 10**9, "num_predict": -1, "num_gpu": 99, "seed": 7, "temperature": 0.3}
     made = {"model": "my-model", "prompt": "hi", "stream": True, "keep_alive": -1, "format": schema}
     made["options"] = {"num_ctx": 8192, "num_predict": 4096, "seed": 7, "temperature": 0.3}
     assert remade("/api/generate", asked) == made
+    longest = {"format": sp.band_schema(10**6)}
+    assert remade("/api/generate", longest)["format"] == longest["format"]
     assert remade("/api/generate", {})["options"] == {"num_predict": 4096, "num_ctx": 8192}
     chat = {"messages": [{"role": "user", "content": "é", "name": "n"}], "n": 9, "max_tokens": 99999, "tools": []}
     made = {"model": "my-model", "messages": [{"role": "user", "content": "é"}], "max_tokens": 4096}
@@ -2339,8 +2341,12 @@ UNFIT_OPTIONS = [b'"temperature": NaN', b'"temperature": 1e999', b'"seed": true'
 
 
 def test_guard_refuses_a_body_that_does_not_fit() -> None:
+    bomb = {"properties": {f"p{n}": {"type": "string", "maxLength": 1900} for n in range(60)}}
+    chat = json.dumps({"response_format": {"type": "json_schema", "json_schema": {"schema": bomb}}}).encode()
+    with pytest.raises(tunnel.Refused):
+        tunnel.remade_body("/v1/chat/completions", chat, OWNERS_LIMITS)
     options = [b'{"options": {%s}}' % option for option in [*UNFIT_OPTIONS, b'"seed": ' + b"9" * 100_000]]
-    for body in MISFITS + options:
+    for body in [*MISFITS, *options, json.dumps({"format": bomb}).encode()]:
         began = time.monotonic()
         with pytest.raises(tunnel.Refused):
             tunnel.remade_body("/api/generate", body, OWNERS_LIMITS)
