@@ -2256,6 +2256,20 @@ def test_tunnel_unit_is_accepted_and_confined_real(admin: bool, tmp_path: Path) 
     assert not admin or subprocess.run(score, stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
+def test_tunnel_that_cannot_work_here_says_why_in_one_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "file").touch()
+    setup = ["setup", "me@vps", "--domain", "x.org"]
+    for command, home, said in ((["key"], "", "ssh-keygen: "), (setup, "", "ssh: No such"), (["status"], "file/x", "/x:")):
+        monkeypatch.setenv("SCATTER_HOME", str(tmp_path / home))
+        assert tunnel.main(command) == 1
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
+    monkeypatch.setattr(tunnel, "home_folder", lambda: signal.raise_signal(signal.SIGINT))
+    assert tunnel.main(["status"]) == 130
+
+
 def test_tunnel_install_shows_each_file_and_changes_nothing(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tunnel.main(["install", "me@vps", "--model", "m", "--dry-run"]) == 0
     said = capsys.readouterr().out

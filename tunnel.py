@@ -1309,7 +1309,7 @@ def uninstall(home: Path, flags: dict[str, Any]) -> int:
         print(f"remove {path}")
         if not dry_run:
             path.unlink()
-    if not dry_run and copies[0].parent != home:
+    if not dry_run and copies[0].parent != home and home.exists():
         with contextlib.suppress(OSError):
             copies[0].parent.rmdir()
         for path in (home, *home.rglob("*")):
@@ -1666,6 +1666,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fatal as e:
         print(f"error: {e.args[0]}", file=sys.stderr)
         return e.args[1] if e.args[1:] else 1
+    except KeyboardInterrupt:
+        return 130  # as a shell names the end by SIGINT
+    except OSError as e:
+        cure = "see that its folder is there, may be written and has room"
+        if isinstance(e, FileNotFoundError) and not re.search(r"[/\\]", str(e.filename)):
+            cure = "install that program; ssh and ssh-keygen are OpenSSH's"
+        print(f"error: {e.filename or args.command}: {e.strerror or e}; {cure}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
