@@ -2103,6 +2103,13 @@ def test_tunnel_setting_that_cannot_work_is_named(at_home: Path, capsys: pytest.
     for flag, _, value in (setting.partition("=") for setting in [*UNFIT, "--keep-alive=-2"]):
         status = tunnel.main(["run", "--", value] if flag == "--destination" else ["run", "me@vps", flag, value])
         assert status == 2 and flag in capsys.readouterr().err, (flag, value)
+    at_home.mkdir()
+    files = ("key", "", ""), ("key.pub", "", "no public key"), ("tunnel.json", '{"max-tokens": 5}', "max-tokens")
+    for name, text, said in files:
+        (at_home / name).write_text(text)
+        assert not said or tunnel.main(["key"]) and said in capsys.readouterr().err
+    (at_home / "tunnel.json").unlink()
+    assert tunnel.main(["setup", "", "--domain", "x.org"]) == 2 and "no VPS given" in capsys.readouterr().err
 
 
 def test_tunnel_ssh_command_is_valid_and_pinned(tmp_path: Path) -> None:
@@ -2261,7 +2268,8 @@ def test_tunnel_that_cannot_work_here_says_why_in_one_line(
     monkeypatch.setenv("PATH", "")
     (tmp_path / "file").touch()
     setup = ["setup", "me@vps", "--domain", "x.org"]
-    for command, home, said in ((["key"], "", "ssh-keygen: "), (setup, "", "ssh: No such"), (["status"], "file/x", "/x:")):
+    cases = (["key"], "", "ssh-keygen: "), (setup, "", "ssh: No such"), (["status"], "file/x", "/x:")
+    for command, home, said in cases:
         monkeypatch.setenv("SCATTER_HOME", str(tmp_path / home))
         assert tunnel.main(command) == 1
         error = capsys.readouterr().err

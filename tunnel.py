@@ -166,7 +166,10 @@ def parse_settings(home: Path, flags: dict[str, Any]) -> Settings:
     saved = read_json(path)
     if path.exists() and not saved:
         raise Fatal(f"{path}: not a JSON object; mend it or remove it", 2)
-    if "destination" in flags and not (flags["destination"] or saved.get("destination")):
+    for word in saved.keys() - {f.name for f in fields(Settings)}:
+        raise Fatal(f"{path}: {word!r} is no setting; remove it, or write it as --help does, with _ for -", 2)
+    to = flags.get("destination", "not asked for")
+    if not (saved.get("destination") if to is None else to):
         raise Fatal(f"no VPS given: say tunnel.py {flags['command']} USER@VPS", 2)
     for f in fields(Settings):
         flag, value = flags.get(f.name), saved.get(f.name, f.default)
@@ -207,9 +210,12 @@ def public_key(identity: str) -> list[str]:
             rights = ["/inheritance:r", "/grant:r", getpass.getuser() + ":F", "SYSTEM:F"]
             subprocess.run(["icacls", identity, *rights], capture_output=True, check=False)
     try:
-        return Path(identity + ".pub").read_text("utf-8").split()[:2]
-    except OSError as e:
-        raise Fatal(f"{identity}.pub: {e.strerror}; make it: ssh-keygen -y -f {identity} > {identity}.pub") from None
+        kind, blob = Path(identity + ".pub").read_text("utf-8").split()[:2]
+        base64.b64decode(blob, validate=True)
+        return [kind, blob]
+    except (OSError, ValueError) as e:
+        seen = e.strerror if isinstance(e, OSError) else "this is no public key"
+        raise Fatal(f"{identity}.pub: {seen}; make it: ssh-keygen -y -f {identity} > {identity}.pub") from None
 
 
 # --- ssh command -------------------------------------------------------------
@@ -1502,7 +1508,7 @@ def setup(home: Path, flags: dict[str, Any]) -> int:
     """Make the VPS our front door, from nothing but ssh access to it; return the exit status of check."""
     admin, domain, dry_run = flags["admin"], flags["domain"], flags["dry_run"]
     with as_owner(home):
-        parse_settings(home, {"destination": admin})  # before ssh gets to see it
+        parse_settings(home, {**flags, "destination": admin})  # before ssh gets to see it
     port = ["-p", flags["ssh_port"]] if flags["ssh_port"] else []
     said = subprocess.run(["ssh", *port, "-G", "--", admin], capture_output=True, text=True, check=False)
     if said.returncode:
