@@ -2646,6 +2646,41 @@ def test_mirror_takes_no_bytes_for_another_file_s() -> None:
         assert tunnel.fetch(SimpleNamespace(ask=lambda *_, **__: next(answers)), "/log", 0) == ("", b"")  # noqa: B023
 
 
+def test_mirror_writes_nothing_twice_wherever_it_goes(tmp_path: Path) -> None:
+    def due(*doors: Played) -> list[bytes]:
+        return sorted(b"".join(bytes(door.history) for door in doors).splitlines())
+    x, y, moved = tmp_path / "x", tmp_path / "y", tmp_path / "moved"
+    moved.mkdir()
+    with Played() as a, Played() as b:
+        a.log(50)
+        x.write_bytes(a.history[:-10])  # as the last version left it, killed before it wrote the place
+        old = {"file": str(x), "etag": f'"{hash(bytes(a.logs[0]).partition(b"}")[0])}"', "offset": 0, "length": 0}
+        whole = len(a.history)
+        old |= {"offset": whole - len(a.history.splitlines()[-1]) - 1}
+        (tmp_path / "mirror.json").write_text(json.dumps({**old, "length": old["offset"]}))
+        b.log(50)
+        for door, copy in ((a, x), (b, x), (a, x), (a, y), (b, x), (a, x)):
+            door.log(5)
+            if len(door.history) > 6000:
+                door.rotate()
+            tunnel.mirror(door.at, tmp_path, copy)
+        assert sorted(x.read_bytes().splitlines()) == due(a, b)
+        for file in (x, x.with_name("x.place")):
+            file.rename(moved / file.name)
+        tunnel.mirror(a.at, moved, moved / "x")
+        assert sorted((moved / "x").read_bytes().splitlines()) == due(a, b)
+        os.truncate(moved / "x", 100)
+        b.log(1)
+        tunnel.mirror(b.at, moved, moved / "x")
+        assert {*(moved / "x").read_bytes().splitlines()} <= {*due(a, b)}  # nothing is torn
+        (moved / "x.place").write_text("{}")
+        with pytest.raises(OSError, match="does not hold a place"):
+            tunnel.mirror(a.at, moved, moved / "x")
+        with (moved / "x").open("a") as held, pytest.raises(OSError, match="another tunnel"):
+            assert tunnel.take(held)
+            tunnel.mirror(a.at, moved, moved / "x")
+
+
 def test_mirror_is_the_whole_history_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotation at any time, half a line, a kill between copy and place, an answer that ends anywhere, a rebuilt VPS."""
     random.seed(5)

@@ -1024,12 +1024,14 @@ def run(home: Path, flags: dict[str, Any]) -> int:
 
 
 # --- mirror ------------------------------------------------------------------
-# The place reached is kept in mirror.json: ETag of the VPS's file (the hash of its first line), bytes read of it, and
-# the length of the copy. The copy is written first and the place after it, so a kill between them leaves bytes beyond
-# the place; they are cut off and read again. Nothing comes twice, and only whole lines come.
+# The place reached is kept beside the copy, in COPY.place: the copy's length, and the bytes read of each file of a VPS,
+# by ETag (the hash of its first line), so that a VPS that comes back is known again. The copy is written first and the
+# place after it, so a kill between them leaves bytes beyond the place; they are cut off and read again. Nothing comes
+# twice, and only whole lines come.
 
 LOGS = ("/log.5", "/log.4", "/log.3", "/log.2", "/log.1", "/log")  # the proxy's, oldest first
-NOWHERE = 1 << 60  # bytes; a start beyond any end, for an ETag alone
+FILES_KNOWN = 100  # of the VPS's files; at 64 MiB each, years of them
+STEPS = 1000  # of 8 MiB at most; what is left comes the next time
 
 
 def fetch(line: Line, path: str, start: int) -> tuple[str, bytes]:
@@ -1047,44 +1049,57 @@ def fetch(line: Line, path: str, start: int) -> tuple[str, bytes]:
     return again, text[:text.rfind(b"\n") + 1]
 
 
-def mirror_step(line: Line, place: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Return the next place and the bytes up to it; the same place and no bytes when there is nothing new.
+def mirror_step(line: Line, offsets: dict[str, int]) -> tuple[str, bytes]:
+    """Return the ETag of the oldest file that has more than its offset, and that; no bytes when there is nothing new.
 
-    A file is left for the next newer one when it gave nothing more. Files may be rotated between two questions, so the
-    one left must still be where it was after the newer one has answered.
+    What is older than a file that is known has been copied. A file that is not the newest grows no more; so it is done
+    when it gave nothing more, if it was not the newest before it was asked.
     """
-    etags, start = {}, place["offset"] if place["etag"] else NOWHERE
+    etags: dict[str, str] = {}
     for path in reversed(LOGS):  # the newest first: it nearly always is the one
-        etags[path], new = fetch(line, path, start)
-        if place["etag"] and etags[path] == place["etag"]:
-            if new or path == LOGS[-1]:
-                return {**place, "offset": start + len(new)}, new
-            after = LOGS[LOGS.index(path) + 1]
+        etags[path] = line.ask(path, span="0-0")[1]
+        if etags[path] in offsets:
             break
-    else:  # the first time, a rebuilt VPS, or more rotations than files: everything there is new
-        path, after = "", next((p for p in LOGS if etags[p]), "")
-    etag, new = fetch(line, after, 0) if after else ("", b"")
-    moved = fetch(line, path, start) != (place["etag"], b"") if path else etag != etags.get(after)
-    return (place, b"") if moved or not new else ({**place, "etag": etag, "offset": len(new)}, new)
+    for path in reversed([path for path in etags if etags[path]]):
+        etag, new = fetch(line, path, offsets.get(etags[path], 0))
+        if new or etag != etags[path]:  # the latter was rotated meanwhile
+            return etag, new if etag == etags[path] else b""
+    return "", b""
 
 
 def mirror(front: str, home: Path, copy: Path) -> int:
     """Append to the copy what the VPS's log has more; return the copy's length in bytes. Raise OSError."""
-    place = read_json(home / "mirror.json")
-    with contextlib.closing(Line(front, 10.0)) as line, open(copy, "ab") as f:
-        if place.get("file") != str(copy):
-            place = {"file": str(copy), "etag": "", "offset": 0, "length": f.tell()}
-            write_atomically(home / "mirror.json", json.dumps(place))  # first, or a kill would leave bytes uncounted
-        f.truncate(min(f.tell(), place["length"]))
-        while True:
-            place, new = mirror_step(line, place)
+    beside, older = copy.with_name(copy.name + ".place"), home / "mirror.json"  # where the place once was
+    with contextlib.closing(Line(front, 10.0)) as line, open(copy, "a+b") as f:
+        if not take(f):
+            raise OSError(f"another tunnel writes {copy}")
+        if not beside.exists():  # first, or a kill would leave bytes uncounted
+            old = read_json(older)
+            old = old if old.get("file") == str(copy) and old.get("etag") else {"length": f.tell()}
+            offsets = {old["etag"]: old["offset"]} if "etag" in old else {}
+            write_atomically(beside, json.dumps({"length": old["length"], "offsets": offsets}))
+            older.unlink(missing_ok=True)
+        try:
+            place = read_json(beside)
+            offsets, end = dict(place["offsets"]), min(f.tell(), place["length"])
+        except (KeyError, TypeError, ValueError):
+            raise OSError(f"{beside} does not hold a place; if you remove it, lines may come twice") from None
+        if end < place["length"]:  # somebody cut the copy, perhaps within a line
+            f.seek(max(0, end - 65536))  # bytes; a line of the proxy's has 400
+            tail = f.read(end - f.tell())
+            end -= len(tail) - tail.rfind(b"\n") - 1
+        f.truncate(end)
+        for _ in range(STEPS):
+            etag, new = mirror_step(line, offsets)
             if not new:
-                return f.seek(0, os.SEEK_END)
+                break
             f.write(new)
             f.flush()
             os.fsync(f.fileno())
-            place["length"] = f.tell()
-            write_atomically(home / "mirror.json", json.dumps(place))
+            offsets[etag] = offsets.pop(etag, 0) + len(new)  # the last is the latest
+            offsets = dict([*offsets.items()][-FILES_KNOWN:])
+            write_atomically(beside, json.dumps({"length": f.seek(0, os.SEEK_END), "offsets": offsets}))
+        return f.seek(0, os.SEEK_END)
 
 
 # --- pause -------------------------------------------------------------------
@@ -1568,21 +1583,28 @@ def setup(home: Path, flags: dict[str, Any]) -> int:
 
 # --- status ------------------------------------------------------------------
 
+def take(file: Any) -> bool:
+    """Lock an open file until it is closed; return False if another process holds it."""
+    try:
+        if WINDOWS:
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def lock(home: Path) -> Any:
     """Return the open lock of the one tunnel that may run from this folder; None while another process holds it."""
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     held = (home / "lock").open("a")
-    try:
-        if WINDOWS:
-            import msvcrt
-            msvcrt.locking(held.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        held.close()
-        return None
-    return held
+    if take(held):
+        return held
+    held.close()
+    return None
 
 
 def is_running(home: Path) -> bool:
