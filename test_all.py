@@ -2681,6 +2681,22 @@ def test_mirror_writes_nothing_twice_wherever_it_goes(tmp_path: Path) -> None:
             tunnel.mirror(a.at, moved, moved / "x")
 
 
+def test_mirror_that_cannot_write_says_so_once(at_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = at_home / "none" / "copy"
+    with Played() as door:
+        held = tunnel.Tunnel(tunnel_settings(at_home, mirror=str(copy)), at_home)
+        held.state["front"] = door.at
+        door.log(5)
+        for _ in range(2):
+            asyncio.run(held._copy_log())
+        told = "\n".join(tunnel.status_lines({**held.state, "up": True, "round_trip": None, "requests": 0, "refused": 0,
+                                              "bytes": 0, "up_since": 0.0}))  # fmt: skip
+        assert caplog.text.count("mirror: ") == 1 and f"No such file or directory: '{copy}'" in told
+        copy.parent.mkdir(parents=True)
+        asyncio.run(held._copy_log())
+        assert held.state["mirror"] == {"file": str(copy), "position": len(door.history), "problem": ""}
+
+
 def test_mirror_is_the_whole_history_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotation at any time, half a line, a kill between copy and place, an answer that ends anywhere, a rebuilt VPS."""
     random.seed(5)

@@ -653,7 +653,7 @@ class Line(http.client.HTTPConnection):
             self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.url.hostname)
 
     def ask(self, path: str, body: Any = None, span: str = "") -> tuple[int, str, bytes]:
-        """Return status, ETag and body (to 8 MiB) of the answer; raise OSError where none came. span: of a Range."""
+        """Return an answer's status, ETag and body (to 8 MiB); raise ConnectionError if none came. span: of a Range."""
         headers = {"Content-Type": "application/json", **({"Range": "bytes=" + span} if span else {})}
         content = None if body is None else json.dumps(body).encode()
         began = time.monotonic()
@@ -664,7 +664,7 @@ class Line(http.client.HTTPConnection):
             return answer.status, answer.headers.get("ETag", ""), answer.read(8 << 20)
         except (OSError, http.client.HTTPException) as e:
             self.close()
-            raise OSError(f"{str(e) or type(e).__name__} from {self.at}") from e
+            raise ConnectionError(f"{str(e) or type(e).__name__} from {self.at}") from e
 
 
 def ask_once(at: str, path: str, body: Any = None, timeout: float = 2.0) -> tuple[int, Any]:
@@ -994,10 +994,18 @@ class Tunnel:
 
     async def _copy_log(self) -> None:
         copy, front = self.settings.mirror, self.state["front"]
-        if front and copy != "none":
-            with contextlib.suppress(OSError):  # the link went, or the proxy is down: it is tried again
-                length = await asyncio.to_thread(mirror, front, self.home, Path(copy))
-                self.state["mirror"] = {"file": copy, "position": length}
+        last = self.state["mirror"] or {"file": copy, "position": 0, "problem": ""}
+        if not front or copy == "none":
+            return
+        try:
+            now = {**last, "position": await asyncio.to_thread(mirror, front, self.home, Path(copy)), "problem": ""}
+        except ConnectionError:  # the link went, or the proxy is down: it is tried again
+            return
+        except OSError as e:
+            now = {**last, "problem": f"{e}; see that its folder is there, may be written and has room"}
+        if now["problem"] != last["problem"]:
+            log.warning("mirror: %s", now["problem"] or f"{copy} is written again")
+        self.state["mirror"] = now
 
 
 def run(home: Path, flags: dict[str, Any]) -> int:
@@ -1642,6 +1650,7 @@ def status_lines(state: dict[str, Any]) -> list[str]:
     lines += [f"last error, {clock_time(error['at'])}: {{kind}}: {{seen}}; {{cure}}"] if error else []
     lines += [f"paused until {clock_time(until)}"] if until else []
     lines += ["the VPS's log is in {file}, {position} bytes"] if copy else []
+    lines += ["it is not copied: {problem}"] if copy and copy.get("problem") else []
     return [line.format(**known) for line in lines]
 
 
