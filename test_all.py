@@ -2623,6 +2623,34 @@ def test_guard_says_absent_dying_and_paused_and_the_connection_stays(guard: tunn
             assert ask(prompt="hi") == (503, "paused") and line.sock is connection
 
 
+def test_guard_takes_no_stale_connection_or_head_for_an_answer(guard: tunnel.Guard, caplog: Any) -> None:
+    resets, told = struct.pack("ii", 1, 0), [b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"]
+
+    def post(request: BaseHTTPRequestHandler) -> None:
+        request.rfile.read(int(request.headers["Content-Length"]))
+        request.wfile.write(told[0] + b"HTTP/1.1 200 X\r\nContent-Length: 2\r\n\r\nok")
+        time.sleep(0.02)  # the answer is read; then what the model server says when a connection is idle
+        request.wfile.write(told[1]) if told[1:] else request.connection.setsockopt(socket.SOL_SOCKET, 13, resets)
+        request.close_connection = True  # SO_LINGER of 0 s: a reset
+    guard.model.post = post
+    for end in ([], [b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"]):
+        told[1:] = end
+        with contextlib.closing(tunnel.Line(guard.at, 5)) as line:
+            for _ in range(3):
+                assert line.ask("/api/generate", {"prompt": "hi"})[::2] == (200, b"ok")
+                time.sleep(0.05)
+    closing = LAWFUL.replace(b"Host: x", b"Host: x\r\nConnection: close")
+    began = time.monotonic()
+    assert guard_ask(guard.at, closing)[0].endswith(b"ok") and time.monotonic() - began < 1
+    with socket.create_connection(("127.0.0.1", guard.port)) as refused:
+        refused.sendall(SHUT_OUT[0])
+        refused.recv(999)
+        refused.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, resets)
+    wait_for(lambda: not guard.connections, 3)
+    gc.collect()
+    assert "Traceback" not in caplog.text
+
+
 def test_guard_ends_slow_requests_unanswered(guard: tunnel.Guard, monkeypatch: pytest.MonkeyPatch) -> None:
     def ended() -> bool:
         guard.server.get_loop().call_soon_threadsafe(guard.drop, lambda c: time.monotonic() > c.deadline)

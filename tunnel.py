@@ -508,9 +508,10 @@ class Connection:
             self.guard.refused += 1
             self.deadline = time.monotonic() + SLOW_REQUEST
             self.writer.write(e.answer(keep=False))
-            self.writer.write_eof()
-            while await self.reader.read(65536):  # closing on unread bytes would reset the connection under our answer
-                pass
+            with contextlib.suppress(OSError):  # the client left
+                self.writer.write_eof()
+                while await self.reader.read(65536):  # closing on unread bytes would reset it under our answer
+                    pass
         except (OSError, EOFError, ValueError):
             self.drop()  # the client left, or the model server did within its answer: the client sees the end
         finally:
@@ -524,9 +525,11 @@ class Connection:
         start = await self.reader.readexactly(1)
         self.deadline = time.monotonic() + SLOW_REQUEST
         try:
-            method, path, length = read_head(start + (await self.reader.readuntil(b"\r\n\r\n"))[:-4])
+            head = start + (await self.reader.readuntil(b"\r\n\r\n"))[:-4]
+            method, path, length = read_head(head)
         except asyncio.LimitOverrunError:
             raise Refused(431, "too_long", f"the request's head is over {HEAD_LIMIT} bytes") from None
+        stays = not re.search(rb"(?i)\nconnection:[ \t]*close", head)
         body = await self.reader.readexactly(length)
         watch = asyncio.ensure_future(self.reader.read(1))  # a byte is a second request; the end is a client that left
         await asyncio.sleep(0)  # let it see what is here already
@@ -540,13 +543,13 @@ class Connection:
             self.busy = True
             watch.add_done_callback(lambda w: w.cancelled() or self.drop(w.exception()))
             kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
-            head = f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\nAccept: */*\r\n{kind}\r\n"
-            return await self._exchange(head.encode() + body, watch)
+            made = f"{method} {path} HTTP/1.1\r\nHost: localhost:{self.guard.target[1]}\r\nAccept: */*\r\n{kind}\r\n"
+            return await self._exchange(made.encode() + body, watch) and stays
         except Refused as e:
             if e.args[0] < 500:
                 raise
-            self.writer.write(e.answer(keep=True))
-            return True
+            self.writer.write(e.answer(keep=stays))
+            return stays
         finally:
             self.busy, self.answered = False, time.monotonic()
             watch.cancel()
@@ -556,13 +559,15 @@ class Connection:
         """Send the request, and each part of the answer as it comes; return whether the connection stays."""
         self.deadline = time.monotonic() + SILENT_ANSWER
         try:
-            if not self.model or self.model[0].at_eof() or time.monotonic() - self.answered > KEPT_CONNECTION:
+            if not self.model or self._is_stale(*self.model):
                 self.drop_model()
                 self.model = await asyncio.wait_for(asyncio.open_connection(*self.guard.target), SLOW_CONNECT)
                 need(not watch.done())
             model, to_model = self.model
             to_model.write(request)  # in two writes the second could wait for an ACK
-            answer = await model.readuntil(b"\r\n\r\n")
+            answer = b"HTTP/1.1 1"
+            while answer.startswith(b"HTTP/1.1 1"):  # a head in between, as 103: the answer is yet to come
+                answer = await model.readuntil(b"\r\n\r\n")
             status = need(re.match(rb"HTTP/1\.[01] ([2-5]\d\d)", answer))[1]
         # the time-out is a class of its own before Python 3.11
         except (OSError, EOFError, ValueError, asyncio.TimeoutError, asyncio.LimitOverrunError):  # noqa: UP041
@@ -588,6 +593,11 @@ class Connection:
                     return False  # the end that the answer was framed by, or one too early: the client must see it
             await self._pass(part, None if left else watch)
         return not closes
+
+    def _is_stale(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Return whether a kept connection has ended, or says what nobody asked, as 408; no public name tells that."""
+        return bool(writer.is_closing() or reader.at_eof() or reader._buffer  # type: ignore[attr-defined]
+                    or time.monotonic() - self.answered > KEPT_CONNECTION)
 
     async def _pass(self, part: bytes, watch: asyncio.Future[bytes] | None = None) -> None:
         """Send a part of the answer; with watch it is the last, after which a next request may come."""
