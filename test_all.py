@@ -2193,6 +2193,13 @@ def test_tunnel_model_is_chosen() -> None:
         assert name == (model or "sinc-scatter") and bool(note) == (model is None or wanted != ""), (wanted, installed)
 
 
+def test_tunnel_outlives_deep_json_from_the_vps() -> None:
+    with Played() as door:
+        door.get = lambda request: door.reply(request, b"[" * 200_000)
+        with contextlib.closing(tunnel.Line(door.at)) as line:
+            assert tunnel.probe(line)[:2] == (True, None) and tunnel.ask_once(door.at, "/health") == (200, None)
+
+
 def test_tunnel_probe_verdicts() -> None:
     gpu = {"name": "gpu", "up": False, "reason": "silent_link"}
     health = {"backends": [gpu, {"name": "127.0.0.1:9", "up": True, "reason": None}]}

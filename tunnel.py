@@ -139,10 +139,17 @@ def as_owner(home: Path) -> Iterator[None]:
             os.setgroups(groups)
 
 
+def parsed(text: bytes) -> Any:
+    """Return the value of a JSON text, which may be anyone's; None where it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one where there is none, or it is not whole."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_text("utf-8"))
+    with contextlib.suppress(OSError):
+        value = parsed(path.read_bytes())
         return value if isinstance(value, dict) else {}
     return {}
 
@@ -681,9 +688,7 @@ def ask_once(at: str, path: str, body: Any = None, timeout: float = 2.0) -> tupl
     """Return status and JSON value (None where it is none) of one answer; raise OSError where none came."""
     with contextlib.closing(Line(at, timeout)) as line:
         code, _, text = line.ask(path, body)
-    with contextlib.suppress(ValueError):
-        return code, json.loads(text)
-    return code, None
+    return code, parsed(text)
 
 
 def probe(line: Line) -> tuple[bool, Any, float | None]:
@@ -700,9 +705,7 @@ def probe(line: Line) -> tuple[bool, Any, float | None]:
             if time.monotonic() - began >= line.timeout * 0.95:
                 return False, None, None
             continue
-        seconds = line.took if kept else None
-        with contextlib.suppress(ValueError):
-            return True, json.loads(text), seconds
+        return True, parsed(text), line.took if kept else None
     return True, None, None
 
 
