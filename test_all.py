@@ -2200,6 +2200,17 @@ def test_tunnel_outlives_deep_json_from_the_vps() -> None:
             assert tunnel.probe(line)[:2] == (True, None) and tunnel.ask_once(door.at, "/health") == (200, None)
 
 
+def test_tunnel_state_that_cannot_be_written_is_not_told(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held, lock = tunnel.Tunnel(tunnel_settings(at_home), at_home), tunnel.lock(at_home)
+    held._save()
+    assert (at_home / "state.json").exists()
+    (at_home / "state.json.new").mkdir()  # as good as a full disk
+    held.state["dials"] = 1
+    held._save()
+    with lock:
+        assert tunnel.main(["status"]) == 1 and "no room" in capsys.readouterr().out
+
+
 def test_tunnel_probe_verdicts() -> None:
     gpu = {"name": "gpu", "up": False, "reason": "silent_link"}
     health = {"backends": [gpu, {"name": "127.0.0.1:9", "up": True, "reason": None}]}

@@ -968,8 +968,11 @@ class Tunnel:
         """Write the state when it changed."""
         counts = {"requests": self.guard.requests, "refused": self.guard.refused, "bytes": self.guard.bytes}
         text = json.dumps({**self.state, "round_trip": self.round_trip, **counts}, indent=1)
-        with contextlib.suppress(OSError):  # the disk is full, or on Windows a reader has it open
-            write_atomically(self.home / "state.json", text)
+        with contextlib.suppress(OSError):  # on Windows a reader may have it open
+            try:
+                write_atomically(self.home / "state.json", text)
+            except OSError:  # the disk is full: what is there would pass for today's
+                (self.home / "state.json").unlink()
 
     async def _look_at_models(self) -> None:
         """Choose the model anew if the one chosen is gone, or none was."""
@@ -1652,6 +1655,8 @@ def status(home: Path, flags: dict[str, Any]) -> int:
 
 def status_lines(state: dict[str, Any]) -> list[str]:
     """Return the state as lines for a person."""
+    if "dials" not in state and state["running"]:
+        return ["a tunnel runs, but its state is not there: it has just started, or its folder has no room"]
     if "dials" not in state:
         return ["no tunnel has run from here yet; start one: tunnel.py run USER@VPS, or tunnel.py install"]
     error, copy, until = state["last_error"], state["mirror"], state["paused_until"]
