@@ -2218,8 +2218,26 @@ def test_tunnel_probe_verdicts() -> None:
     assert not tunnel.backend_is_down(health, "127.0.0.1:9") and not tunnel.backend_is_down(None, "/x")
     gpu["reason"] = "paused"
     assert not tunnel.backend_is_down(health, "/run/b/gpu.sock")
-    assert not tunnel.probe_verdict(1, 9.9, 10, True) and not tunnel.probe_verdict(0, 99, 10, False)
-    assert tunnel.probe_verdict(2, 0, 10, False) and tunnel.probe_verdict(0, 10, 10, True)
+    assert not tunnel.probe_verdict(1, 9.9, 10)
+    assert tunnel.probe_verdict(2, 0, 10) and tunnel.probe_verdict(0, 10, 10)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_tunnel_is_not_redialled_for_a_model_server_that_is_away(
+        here: bool, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(tunnel, "PROBE_EVERY", 0.01)
+    monkeypatch.setattr(tunnel, "FRONT_PATIENCE", (0.05, 1.0))
+    gpu = {"name": "x", "up": False, "reason": "no_model_server"}
+    with Played() as door, Played() as model:
+        door.get = lambda request: door.reply(request, json.dumps({"backends": [gpu]}).encode())
+        held = tunnel.Tunnel(tunnel_settings(at_home, target=model.at), at_home)
+        held.up_at = 1.0
+        held.state.update(front=door.at, model_server="ollama")  # as the last look saw it
+        if not here:
+            model.__exit__()
+        with pytest.raises(asyncio.TimeoutError):
+            asyncio.run(asyncio.wait_for(held._probe(), 0.3))
+        assert bool(held.reason) == here
 
 
 def test_tunnel_needs_the_standard_library_of_39_alone() -> None:
@@ -2973,7 +2991,7 @@ def test_tunnel_over_a_slow_link_that_is_cut_real() -> None:
         front, pool = far.enter_context(proxy(far.where / "p", *own)), far.enter_context(ThreadPoolExecutor(1))
         dials, slept = [], far.where / "slept"
         setup = f"clock = tunnel.boot_clock; late = lambda: clock() + 60 * tunnel.Path({str(slept)!r}).exists()"
-        child = far.up("--target", model.url[7:], setup=setup + "; tunnel.Tunnel.__init__.__defaults__ = (late,)")
+        child = far.up("--target", model.url[7:], setup=setup + "; tunnel.boot_clock = late")
         soon(lambda: front.health()["status"] == "ok")
         kills = [redialled(5, lambda: os.kill(children(child.pid)[0], signal.SIGKILL))]
         cut()

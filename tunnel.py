@@ -719,15 +719,15 @@ def backend_is_down(health: Any, remote: str) -> bool:
         return False  # not our proxy: nothing is known
 
 
-def probe_verdict(silent: int, down_for: float, patience: float, model_answers: bool) -> str:
+def probe_verdict(silent: int, down_for: float, patience: float) -> str:
     """Return why to redial, or nothing.
 
     Two silent probes: the link is dead. The proxy has not seen us for `patience` seconds while the model server here
-    answers: the forward is dead. The caller doubles patience after each redial for that.
+    answered: the forward is dead. The caller doubles patience after each redial for that.
     """
     if silent >= 2:
         return "two probes in a row had no answer"
-    if down_for >= patience and model_answers:
+    if down_for >= patience:
         return f"the proxy has not seen this workstation for {down_for:.0f} s"
     return ""
 
@@ -829,14 +829,14 @@ def enter_job() -> None:
 class Tunnel:
     """One workstation's tunnel from start to stop; run() owns its tasks and the ssh process."""
 
-    def __init__(self, settings: Settings, home: Path, clock: Callable[[], float] = boot_clock) -> None:
-        self.settings, self.home, self.clock, s = settings, home, clock, settings
+    def __init__(self, settings: Settings, home: Path) -> None:
+        self.settings, self.home, s = settings, home, settings
         self.guard = Guard(s.target, lambda: Limits(self.state["model"], s.context, s.max_tokens, s.keep_alive),
                            lambda: bool(self.state["paused_until"]))
         self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
         self.reason = ""  # why we end the link, or the wait for the next
         self.peer = self.dialled_from = ""  # addresses of the VPS, and of this machine towards it
-        self.up_at: float | None = None  # by the clock; None: down
+        self.up_at: float | None = None  # by boot_clock; None: down
         self.round_trip: float | None = None  # seconds
         self.state: dict[str, Any] = {  # what status shows; round trip and the guard's counters are added when written
             "version": VERSION, "pid": os.getpid(), "name": s.name, "destination": s.destination, "remote": s.remote,
@@ -879,7 +879,7 @@ class Tunnel:
             self.hurry.clear()
             self.reason, self.up_at, self.state["dials"] = "", None, self.state["dials"] + 1
             failure = await self._dial(front_address(self.home))
-            held = self.clock() - self.up_at if self.up_at else 0.0
+            held = boot_clock() - self.up_at if self.up_at else 0.0
             self._tell(failure, was_up=held > 0)
             if self.reason:  # a link or a dial that we ended is no failure to connect: dial again at once
                 failures = 0
@@ -926,7 +926,7 @@ class Tunnel:
             if connecting:
                 self.peer, self.dialled_from = connecting[1], local_address(connecting[1])
             elif line.startswith("debug1: remote forward success"):
-                self.up_at = self.clock()
+                self.up_at = boot_clock()
                 self.state.update(up_since=time.time(), front=front, redials=self.state["dials"] - 1)
                 text = f"up: {self.state['model']} serves at {self.settings.remote} of {self.settings.destination}"
                 log.info(text)
@@ -945,10 +945,10 @@ class Tunnel:
 
     async def _ticks(self) -> None:
         """Notice a sleep, a new address, a pause; drop what is overdue; write the state."""
-        last = self.clock()
+        last = boot_clock()
         while True:
             await asyncio.sleep(TICK)
-            late, last = self.clock() - last - TICK, self.clock()
+            late, last = boot_clock() - last - TICK, boot_clock()
             if late > SLEPT:
                 self.redial(f"this machine slept for {late:.0f} s")
             address = local_address(self.peer) if self.peer else ""
@@ -989,23 +989,25 @@ class Tunnel:
         state["model_server"] = kind
 
     async def _probe(self) -> None:
-        link, silent, seen_at, patience, line = None, 0, self.clock(), FRONT_PATIENCE[0], Line("")
+        link, silent, seen_at, patience, line = None, 0, boot_clock(), FRONT_PATIENCE[0], Line("")
         while True:
             await asyncio.sleep(PROBE_EVERY if silent != 1 else 0)
             front, state = self.state["front"], self.state
             if not front or link != self.up_at:  # another link: whatever the last one did is forgotten
                 line.close()
-                link, silent, seen_at, line, self.round_trip = self.up_at, 0, self.clock(), Line(front or ""), None
+                link, silent, seen_at, line, self.round_trip = self.up_at, 0, boot_clock(), Line(front or ""), None
             if not front:
                 continue
             lives, health, seconds = await asyncio.to_thread(probe, line)
             silent, self.round_trip = 0 if lives else silent + 1, seconds or self.round_trip
-            if state["paused_until"] or not backend_is_down(health, self.settings.remote):
-                seen_at, patience = self.clock(), FRONT_PATIENCE[0] if health else patience
-            why = probe_verdict(silent, self.clock() - seen_at, patience, state["model_server"] is not None)
+            if boot_clock() - seen_at >= patience:
+                await self._look_at_models()  # it may have gone since the last look
+            if state["paused_until"] or not state["model_server"] or not backend_is_down(health, self.settings.remote):
+                seen_at, patience = boot_clock(), FRONT_PATIENCE[0] if health else patience
+            why = probe_verdict(silent, boot_clock() - seen_at, patience)
             if why and link == self.up_at:
                 patience = patience if silent else min(patience * 2, FRONT_PATIENCE[1])
-                seen_at = self.clock()
+                seen_at = boot_clock()
                 self.redial(why)
 
     async def _copy_log(self) -> None:
