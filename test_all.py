@@ -2146,6 +2146,8 @@ forward_refused slow debug1: Remote: port forwarding refused|Error: remote port 
 debug1: Remote: Server has disabled streamlocal forwarding.|Error: remote port forwarding failed for listen path x
 path_taken soon Error: remote port forwarding failed for listen path /x
 port_taken busy Error: remote port forwarding failed for listen port 11434
+front_taken soon unix_listener: cannot bind to path /h/front.sock: In use|Could not request local forwarding. / \
+bind [127.0.0.1]:9: In use|channel_setup_fwd_listener_tcpip: cannot listen to port: 9
 ssh_options slow command-line: line 0: Bad configuration option: identityagent
 no_agreement slow Unable to negotiate with 1.2.3.4 port 22: no matching host key type found. Their offer: ssh-rsa
 dropped soon channel 1: open failed: connect failed: Connection refused / """
