@@ -2213,6 +2213,16 @@ def test_tunnel_state_that_cannot_be_written_is_not_told(at_home: Path, capsys: 
         assert tunnel.main(["status"]) == 1 and "no room" in capsys.readouterr().out
 
 
+def test_tunnel_starts_though_its_lock_was_held_for_an_instant(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stopped(self: tunnel.Tunnel) -> int:
+        return 0
+    monkeypatch.setattr(tunnel.Tunnel, "run", stopped)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    held = tunnel.lock(at_home)
+    threading.Timer(0.05, held.close).start()
+    assert tunnel.main(["run", "me@vps"]) == 0
+
+
 def test_tunnel_probe_verdicts() -> None:
     gpu = {"name": "gpu", "up": False, "reason": "silent_link"}
     health = {"backends": [gpu, {"name": "127.0.0.1:9", "up": True, "reason": None}]}

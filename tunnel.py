@@ -1036,7 +1036,9 @@ def run(home: Path, flags: dict[str, Any]) -> int:
         to = logging.handlers.RotatingFileHandler(settings.log_file, maxBytes=1 << 20, backupCount=1)
     stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has its own
     logging.basicConfig(level=logging.INFO, format=stamp + "%(message)s", handlers=[to])
-    held = lock(home)
+    deadline = time.monotonic() + 1.0  # seconds; `status` and `pause` take it for an instant
+    while not (held := lock(home)) and time.monotonic() < deadline:
+        time.sleep(0.02)
     if not held:
         raise Fatal(f"a tunnel runs from {home} already; stop it, or set SCATTER_HOME to another folder")
     if WINDOWS:
