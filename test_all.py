@@ -2160,6 +2160,7 @@ def test_tunnel_each_end_of_ssh_is_told_apart() -> None:
             said = "debug1: Connecting to vps [1.2.3.4] port 22.\n" + words.replace("|", "\n")
             failure = tunnel.judge(255, said, places)
             assert (failure.kind, failure.pace) == (kind, pace), words
+            assert kind != "name" or "~/.ssh/config is not read" in failure.cure
             assert failure.cure and "{" not in failure.cure and failure.seen.isprintable() and len(failure.seen) <= 200
 
 

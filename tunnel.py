@@ -326,7 +326,8 @@ FAILURES = (  # kind, pace, pattern in ssh's words, cure
         "the VPS still holds {remote}, likely for our last link; it lets go in 16 s to 16 min; or end that sshd")),
     ("front_taken", "soon", r"cannot bind to path .*|cannot listen to port.*|Could not request local forwarding.*", (
         "remove front.sock, which lies beside {known_hosts}, or end who listens there")),
-    ("name", "soon", r"Could not resolve hostname.*", "check the name in {destination} and this machine's name server"),
+    ("name", "soon", r"Could not resolve hostname.*", (
+        "check the name in {destination} and this machine's name server; an alias of ~/.ssh/config is not read here")),
     ("silent", "soon", r"Timeout, server .* not responding.*", "the tunnel is dialled again; nothing to do"),
     ("network", "soon", (
         r"(?:connect to|kex_exchange|Connection|client_loop|ssh_dispatch|banner).*"
