@@ -2301,6 +2301,11 @@ def test_tunnel_plist_and_task_say_what_they_must(admin: bool) -> None:
     assert ("BootTrigger" if admin else "LogonTrigger") in said
 
 
+def test_tunnel_unit_means_any_path_as_it_is() -> None:
+    unit = tunnel.service("linux", True, "/py", Path('/s$c/100%"/t.py'), Path("/h$x/100%"), "me", Path("/home/me")).text
+    assert r'ExecStart="/py" "/s$$c/100%%\"/t.py" "run"' in unit and 'Environment="SCATTER_HOME=/h$x/100%%"' in unit
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze")
 @pytest.mark.parametrize("admin", [True, False])
 def test_tunnel_unit_is_accepted_and_confined_real(admin: bool, tmp_path: Path) -> None:

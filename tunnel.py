@@ -1244,8 +1244,8 @@ class Service(NamedTuple):
 
 
 def unit_word(text: str) -> str:
-    """Quote a word for a systemd unit, where %, $ and backslash have meanings."""
-    return '"' + re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$") + '"'
+    """Quote a word for a systemd unit, where a percent sign, quotes and backslashes have meanings."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%") + '"'
 
 
 def service(system: str, admin: bool, python: str, script: Path, home: Path, user: str, user_home: Path) -> Service:
@@ -1269,7 +1269,8 @@ def service(system: str, admin: bool, python: str, script: Path, home: Path, use
                 "ProgramArguments": argv, "EnvironmentVariables": {"SCATTER_HOME": str(home)}}
         return Service(path, plistlib.dumps(keys).decode(), (("launchctl", "bootstrap", domain, str(path)),),
                        (("launchctl", "bootout", f"{domain}/scatter.tunnel"),))
-    unit = UNIT.format(command=" ".join(unit_word(w) for w in argv[:3]), environment=unit_word(f"SCATTER_HOME={home}"),
+    command = " ".join(unit_word(w).replace("$", "$$") for w in argv[:3])  # which are variables in ExecStart alone
+    unit = UNIT.format(command=command, environment=unit_word(f"SCATTER_HOME={home}"),
                        sandbox="\n".join((SYSTEM_SANDBOX if admin else SANDBOX).split()),
                        target="multi-user.target" if admin else "default.target")
     path = (Path("/etc/systemd/system") if admin else user_home / ".config/systemd/user") / "scatter-tunnel.service"
