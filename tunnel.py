@@ -227,9 +227,9 @@ def public_key(identity: str) -> list[str]:
 
 # --- ssh command -------------------------------------------------------------
 
-def ssh_word(path: Any) -> str:
-    """Quote a path for the value of an ssh option, where a percent sign, quotes and backslashes have meanings."""
-    return '"' + re.sub(r'(["\\])', r"\\\1", Path(path).as_posix()).replace("%", "%%") + '"'
+def quoted(word: str) -> str:
+    """Quote a word for an option of ssh's or a systemd unit, where quotes, backslashes and % have meanings."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%") + '"'
 
 
 def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) -> list[str]:
@@ -237,9 +237,9 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
 
     -v makes ssh say what judging needs: the VPS's address, sshd's version, that the forward stands, or why it does not.
     """
-    known = " ".join(ssh_word(folder / "known_hosts") for folder in (home, Path.home() / ".ssh"))
+    known = " ".join(quoted((folder / "known_hosts").as_posix()) for folder in (home, Path.home() / ".ssh"))
     options = (
-        f"IdentityFile={ssh_word(settings.identity)}",  # -i would take a percent sign as it is, or not, by its version
+        f"IdentityFile={quoted(Path(settings.identity).as_posix())}",  # what -i is given is not expanded
         "BatchMode=yes",  # a question that nobody answers would hang the service for ever
         "IdentitiesOnly=yes",  # an agent's other keys would use up sshd's MaxAuthTries
         "IdentityAgent=none",  # a locked agent asks its owner, and waits
@@ -249,7 +249,6 @@ def ssh_command(settings: Settings, home: Path, guard_port: int, front_at: str) 
         "UpdateHostKeys=no",  # a VPS taken over could add keys to the pinned ones
         "ExitOnForwardFailure=yes",  # a link without its forward looks up and serves nobody
         "ConnectTimeout=5",  # seconds; a black hole would hold a dial for two minutes
-        "ConnectionAttempts=1",  # ssh's own retries know no jitter and no cause
         "ServerAliveInterval=3",  # with 2: a link that dies silently is noticed within 3 x (2 + 1) s; by default never
         "ServerAliveCountMax=2",
         "ForwardAgent=no",  # a VPS taken over could log in elsewhere as the owner
@@ -1243,11 +1242,6 @@ class Service(NamedTuple):
     lasting: Sequence[Sequence[str]] = ((), (), ())  # succeeds if what the service needs is here; makes it; removes it
 
 
-def unit_word(text: str) -> str:
-    """Quote a word for a systemd unit, where a percent sign, quotes and backslashes have meanings."""
-    return '"' + re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%") + '"'
-
-
 def service(system: str, admin: bool, python: str, script: Path, home: Path, user: str, user_home: Path) -> Service:
     """Return the service for linux, darwin or win32; pure, so that each can be tested on any.
 
@@ -1269,8 +1263,8 @@ def service(system: str, admin: bool, python: str, script: Path, home: Path, use
                 "ProgramArguments": argv, "EnvironmentVariables": {"SCATTER_HOME": str(home)}}
         return Service(path, plistlib.dumps(keys).decode(), (("launchctl", "bootstrap", domain, str(path)),),
                        (("launchctl", "bootout", f"{domain}/scatter.tunnel"),))
-    command = " ".join(unit_word(w).replace("$", "$$") for w in argv[:3])  # which are variables in ExecStart alone
-    unit = UNIT.format(command=command, environment=unit_word(f"SCATTER_HOME={home}"),
+    command = " ".join(quoted(w).replace("$", "$$") for w in argv[:3])  # which are variables in ExecStart alone
+    unit = UNIT.format(command=command, environment=quoted(f"SCATTER_HOME={home}"),
                        sandbox="\n".join((SYSTEM_SANDBOX if admin else SANDBOX).split()),
                        target="multi-user.target" if admin else "default.target")
     path = (Path("/etc/systemd/system") if admin else user_home / ".config/systemd/user") / "scatter-tunnel.service"
