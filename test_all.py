@@ -2336,6 +2336,7 @@ def test_tunnel_install_shows_each_file_and_changes_nothing(at_home: Path, capsy
     assert tunnel.main(["install", "me@vps", "--model", "m", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert '"model": "m"' in said and "ExecStart=" in said and "systemctl" in said and not at_home.exists()
+    assert "starts with this machine" not in said
 
 
 @pytest.mark.skipif(bool(os.geteuid()), reason="needs root")

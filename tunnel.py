@@ -1342,7 +1342,8 @@ def install(home: Path, flags: dict[str, Any]) -> int:
             if time.monotonic() > deadline:
                 raise Fatal(f"the service does not start: see its log, and end a `tunnel.py run` that holds {home}")
             time.sleep(0.1)
-    print("the tunnel starts with this machine, or with your login; see: tunnel.py status")
+    if not dry_run:
+        print("the tunnel starts with this machine, or with your login; see: tunnel.py status")
     return 0
 
 
