@@ -135,7 +135,7 @@ def as_owner(home: Path) -> Iterator[None]:
     finally:
         if user:
             os.seteuid(0)
-            os.setegid(0)
+            os.setegid(os.getgid())
             os.setgroups(groups)
 
 
