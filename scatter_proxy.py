@@ -1446,7 +1446,7 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
     }
   }
   // The standard Transform. A labelled paragraph ("Format: …", or a band's name) goes to that band whole; what is
-  // fenced or follows "here is …:" is data; any other sentence goes to each band whose words it holds, as whole words.
+  // fenced or follows "here is …:" is data; a sentence goes to each band whose words it holds, or else to the context.
   const words = (list) => new RegExp(`\\b(${list})\\b`, "i");
   const LABELS = ["persona|role", "context|background", "data|input|.*\\b(the following|here (is|are)|below).*",
     "constraints?|rules?", "(output )?format", "task|goal"].map((list, n) => words(`^\\W*(${list}|${names[n]})\\W*$`));
@@ -1474,13 +1474,15 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
       if (whole >= 0) found[whole].push(line.trim());
       if (n === 2) line = head; else if (whole >= 0) continue; // "Sum up the following:" is an order as well
       for (const sentence of (line.match(SENTENCE) || []).map((one) => one.trim()).filter(Boolean)) {
-        const bands = RULES.map((list) => list.test(sentence));
-        bands.forEach((holds, band) => holds && (band !== 2 || n !== 2) &&
-          (band === last && bands[3] ? ruled : found[band]).push(sentence));
-        if (!bands.includes(true) && (n !== 2 || sentence.includes(" "))) spare.push(sentence);
+        const bands = RULES.map((list, band) => (band !== 2 || n !== 2) && list.test(sentence));
+        bands.forEach((holds, band) => holds && (band === last && bands[3] ? ruled : found[band]).push(sentence));
+        if (bands.includes(true) || n === 2 && !sentence.includes(" ")) continue;
+        spare.push(sentence);
+        found[1].push(sentence);
       }
     }
     if (!found[last].length) found[last] = ruled.length ? ruled : spare; // an order that is a rule too, or the rest
+    if (found[last] === spare) found[1] = found[1].filter((one) => !spare.includes(one));
     const fragments = names.map((t, n) => ({n, t, x: found[n].filter(Boolean).join("\n")})).filter(({x}) => x);
     return {formula, T: axis, fragments: fragments.length ? fragments : [{n: last, t: names[last], x: prompt.trim()}]};
   }

@@ -1998,10 +1998,37 @@ RULES: dict[str, dict[int, str]] = {
         5: "Answer as a table.\nExplain why ice floats."},
     "You are free. Sum up the following:\nPi is 3.14.\n\nFormat:\n- bullets\n- short": {
         2: "Pi is 3.14.", 4: "- bullets\n- short", 5: "You are free.\nSum up the following"},
-    "Here is the data: 1, 2. Data: 3": {2: "1, 2. Data: 3"},
+    "Here is the data: 1, 2. Data: 3": {2: "1, 2. Data: 3", 5: "Here is the data"},
+    "It rains. I am wet. Why?": {1: "It rains.\nI am wet.", 5: "Why?"},
     "```py\nx = 1\n```": {2: "x = 1"},
     "blue": {5: "blue"},
 }  # fmt: skip
+EVERYDAY = """\
+Write a welcome e-mail for new customers. We are a small bakery in Porto. Plain text, never more than 120 words.
+Can you help me plan a 3-day trip to Rome with two kids in July? We like museums but not crowds. Budget is 900 euros.
+Translate this into French: The invoice is due on Friday.
+Act as a senior developer. Review the following code and point out bugs:||def f(x):|    return x + 1||Keep it short.
+Review this code:||def f(x):|    return x
+Explain quantum computing like I'm five.
+I have a job interview at a bank tomorrow. What questions should I prepare for?
+Summarize the text below in 3 bullet points.||The quick brown fox jumps over the lazy dog. It never stops.
+You are an experienced tax advisor. My wife and I earn 80k together. Should we file jointly? At most 200 words.
+Give me a recipe for vegan lasagna without tofu, serves 4.
+Fix the grammar: he go to school yesterday
+Write a SQL query for the top 10 customers by revenue. Tables: orders(id, total), customers(id). Return only the SQL.
+Create a 12-week marathon training plan as a table. I can run 3 times a week. Avoid hills.
+write a haiku about rain
+Please draft a polite reply to my landlord. He wants to raise the rent by 15%. I've lived here for 6 years. Be firm.
+Compare the two phones in a table. Don't mention price.
+Generate 5 names for a coffee shop. The names should be short. No puns!
+What's the difference between TCP and UDP? Use an analogy.
+Schreibe eine E-Mail an meinen Chef. Ich bin krank. Maximal drei Sätze.
+Our team of 6 uses a tracker. Meetings run too long. Suggest improvements; list at most five. The readers are managers.
+Role: copywriter|Context: we sell bikes|Task: write a slogan|Format: one line
+Write a function to reverse a string in Rust. It must handle Unicode. Add tests.
+Rewrite the paragraph. "We was happy." Keep the meaning the same.
+My address is bob@example.com. Here are my notes: milk, eggs, call mum. Turn them into a to-do list.
+"""  # a prompt a line; | parts its own lines
 HOSTILE = ["a:" * 8000, "in " * 5333, "```" * 5000, ". " * 8000, "the following " * 1140, "#" * 16000, '"""' * 5000]
 
 
@@ -2012,6 +2039,10 @@ def test_real_standard_documents_are_valid_and_hold_only_what_was_said(front: Pr
             document = page.evaluate("(prompt) => scatter.standard(prompt)", prompt)
             assert time.monotonic() - began < 1 and sinc_prompt.validate(document) == (True, []), prompt[:30]
             assert prompt in HOSTILE or {one["n"]: one["x"] for one in document["fragments"]} == RULES[prompt]
+        for prompt in (line.replace("|", "\n") for line in EVERYDAY.splitlines()):
+            said = set(re.findall(r"\w+", re.sub(r"(?m)^\w+: ", "", prompt)))  # but for the names of bands
+            kept = " ".join(one["x"] for one in page.evaluate("scatter.standard", prompt)["fragments"])
+            assert said - set(re.findall(r"\w+", kept)) == set(), prompt
 
 
 def test_real_page_has_no_axe_violation_in_any_state(front: Proxy) -> None:
