@@ -198,8 +198,8 @@ SYSTEM = "\n".join(
 
 def band_schema(max_tokens: int) -> dict[str, Any]:
     """Return the JSON schema of six flat strings; the order of its keys is the order of generation."""
-    # The lengths end an answer before max_tokens even where a small model rambles: 64 tokens for keys and quotes, and
-    # three characters a token, the least that European languages need. llama.cpp refuses a maxLength of 2,000 and more.
+    # The lengths end most answers before max_tokens even where a small model rambles: 64 tokens for keys and quotes, and
+    # three characters a token, though ramblings of 2.1 were seen. llama.cpp refuses a maxLength of 2,000 and more.
     most = {band.name: min(1999, int(band.share * (max_tokens - 64) * 3)) for band in BANDS}
     texts = {name: {"type": "string", "minLength": 1, "maxLength": length} for name, length in most.items()}
     return {"type": "object", "properties": texts, "required": [*texts], "additionalProperties": False}
@@ -299,7 +299,7 @@ REFUSALS = {
     "too_long": (413, f"The prompt is too long; {PROMPT_LIMIT:,} characters are the most."),
     "not_json_type": (415, "Send the body as application/json."),
     "cancelled": (499, "The client left."),
-    "bad_answer": (502, "The model's answer was no document, twice; try again, or word the prompt differently."),
+    "bad_answer": (502, "The model's answer was no document; try again, or word the prompt differently."),
     "backend_failed": (502, "The model broke off; try again."),
     "model_offline": (503, "The model is offline at the moment."),
     "busy": (503, "Too many requests are waiting; try again a little later."),
@@ -1685,15 +1685,15 @@ PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>scatter</
 <main><section class="ask" aria-label="Prompt"><h2 class="lede">A prompt, taken apart.</h2>
 <p>A model on a graphics card at home writes it anew in bands: a specification that another model can follow.</p>
 <p class="row"><label for="prompt">Prompt</label><button class="small" id="example">Use the example</button></p>
-<textarea id="prompt" dir="auto" aria-describedby="reason" placeholder=
-"Write a welcome e-mail for new customers. We are a small bakery in Porto. Plain text, never more than 120 words."
-></textarea><p class="row"><button id="send" disabled title="model offline" aria-describedby="reason"
- data-scatter-from="#prompt" data-scatter-to="#bands">AI Transform</button>
-<button id="standard" title="keyword rules in this browser, no model" data-scatter-standard
- data-scatter-from="#prompt" data-scatter-to="#bands">Transform</button></p><p class="fine" id="reason"></p>
+<textarea id="prompt" dir="auto" aria-describedby="reason"
+ placeholder="Write a launch e-mail for our new espresso machine, under 150 words"></textarea><p class="row">
+<button id="send" disabled title="model offline" aria-describedby="reason" data-scatter-from="#prompt"
+ data-scatter-to="#bands">AI Transform</button><button id="standard" data-scatter-standard data-scatter-from="#prompt"
+ data-scatter-to="#bands" title="keyword rules in this browser, no model">Transform</button></p>
+<p class="fine" id="reason"></p><p id="status" role="status"></p>
 <dl id="figures"><div><dt>tok/s</dt><dd id="rate"></dd></div><div><dt>seconds</dt><dd id="time"></dd></div>
 <div><dt>tokens</dt><dd id="tokens"></dd></div><div><dt>first word</dt><dd id="first"></dd></div></dl>
-<p class="fine" id="source"></p><p id="status" role="status"></p></section>
+<p class="fine" id="source"></p></section>
 <section aria-labelledby="heading"><div class="row"><h2 id="heading">Bands</h2>
 <button class="small" id="json" disabled>Copy as JSON</button>
 <button class="small" id="plain" disabled>Copy as text</button>

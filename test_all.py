@@ -1847,6 +1847,7 @@ def test_page_is_small_names_no_other_origin_and_runs_only_its_own(front: Proxy)
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert len((sp.PAGE + sp.WIDGET).encode()) <= 40 * 1024
     assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", sp.PAGE + sp.WIDGET) == []
+    assert re.findall('placeholder="(.*?)"', sp.PAGE)[0] in SCRIPT.read_text()  # what the smallest model can do
 
 
 def test_real_page_tells_place_bands_and_figures_and_comes_back(tmp_path: Path) -> None:
@@ -1891,6 +1892,10 @@ def test_real_page_tells_errors_and_reasons_in_words_and_goes_on(front: Proxy) -
             answers(page, **answer)
             send(page, "faults on the way")
             shows(page, "#status[data-state=bad]", said)
+            for width in (360, 1366):  # nobody needs to scroll to see it
+                page.set_viewport_size({"width": width, "height": 640})
+                box = page.locator("#status").bounding_box()
+                assert page.evaluate("scrollY") == 0 and box["y"] + box["height"] <= 640
         for order, code in (("!garbage", "bad_answer"), ("!error !pace=0.01", "backend_failed")):
             send(page, f"the page's {order}")
             shows(page, "#status[data-state=bad]", sp.REFUSALS[code][1])
