@@ -198,8 +198,8 @@ SYSTEM = "\n".join(
 
 def band_schema(max_tokens: int) -> dict[str, Any]:
     """Return the JSON schema of six flat strings; the order of its keys is the order of generation."""
-    # The lengths end most answers before max_tokens even where a small model rambles: 64 tokens for keys and quotes, and
-    # three characters a token, though ramblings of 2.1 were seen. llama.cpp refuses a maxLength of 2,000 and more.
+    # The lengths end most answers before max_tokens where a small model rambles: 64 tokens for keys and quotes, and
+    # three characters a token (ramblings of 2.1 were seen). llama.cpp refuses a maxLength of 2,000 and more.
     most = {band.name: min(1999, int(band.share * (max_tokens - 64) * 3)) for band in BANDS}
     texts = {name: {"type": "string", "minLength": 1, "maxLength": length} for name, length in most.items()}
     return {"type": "object", "properties": texts, "required": [*texts], "additionalProperties": False}
@@ -1354,6 +1354,7 @@ button:disabled { cursor: not-allowed; color: var(--soft); background: none; bor
 main:not(:has([aria-busy])) #send:enabled { color: var(--on); background: var(--accent); border-color: var(--accent) }
 .small { height: 32px; padding: 0 10px; font-size: 13px; font-weight: 500 }
 #example { padding: 0 2px; border: 0; background: none; color: var(--accent) }
+.ask:not(:has(:placeholder-shown)) #example { visibility: hidden }
 #reason { min-height: 40px; margin-bottom: 16px } #source { min-height: 20px; margin-bottom: 12px }
 #figures { display: grid; grid-template-columns: minmax(0, 1.5fr) repeat(3, minmax(0, 1fr)); gap: 12px;
   padding-top: 14px; border-top: 1px solid var(--line); white-space: nowrap }
@@ -1404,7 +1405,7 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
   const BROKEN = ["broken_stream", "The connection broke before the answer was whole; send the prompt again."];
   const SILENT = ["unreachable", "The server does not answer; check the connection and send the prompt again."];
   const failure = ([code, message], retryAfter) => Object.assign(new Error(message), {code, retryAfter});
-  const need = (prompt) => { if (!prompt.trim()) throw failure(["bad_request", "Write a prompt first."]); };
+  const need = (prompt) => { if (!prompt?.trim?.()) throw failure(["bad_request", "Write a prompt first."]); };
   async function refusal(reply, {status, headers} = reply) { // what stands on the way may not speak the API's JSON
     const said = reply.ok ? null : (await reply.json().catch(() => null))?.error;
     const other = [{413: "too_long", 429: "rate_limited"}[status] || (status > 499 ? "unavailable" : "bad_reply"),
@@ -1504,17 +1505,21 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
   document.addEventListener("visibilitychange", look);
   async function press(button, {scatterFrom, scatterTo, scatterStandard: rules}) {
     const [from, to] = [scatterFrom, scatterTo].map((path) => document.querySelector(path));
+    if (!from || !to) return console.error("scatter: there is no", from ? scatterTo : scatterFrom);
     if (calls.has(to)) return calls.get(to).button === button && calls.get(to).stop.abort();
     const tell = (type, detail) => to.dispatchEvent(new CustomEvent("scatter-" + type, {cancelable: true, detail}));
     const add = (parent, tag) => parent.appendChild(document.createElement(tag));
     const waiting = names.map(() => ""), stop = new AbortController();
     const field = (n) => {
       const part = to.querySelector(`[data-band="${n}"]`) || add(to, "section");
-      if (!part.firstChild) { part.dataset.band = n; add(part, "strong").textContent = names[n]; add(part, "p"); }
+      if (!part.lastElementChild) { part.dataset.band = n; add(part, "strong").textContent = names[n]; add(part, "p"); }
       return part.lastElementChild;
     };
     const paint = () => waiting.forEach((text, n) => { if (text) field(n).append(text); waiting[n] = ""; });
+    const old = [...to.querySelectorAll("[data-band] > :last-child")]; // stays until there is something in its place
+    const clear = () => old.splice(0).forEach((field) => { field.textContent = ""; });
     const onBand = (n, name, text, delta) => {
+      clear();
       if (!waiting.some(Boolean)) requestAnimationFrame(paint); // one write a band and frame, however fast it comes
       waiting[n] += delta;
       tell("band", {n, name, text, delta});
@@ -1522,11 +1527,12 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
     const onQueued = (position) => tell("queued", {position}), onStarted = (detail) => tell("started", detail);
     calls.set(to, {button, stop}) && to.setAttribute("aria-busy", "true");
     to.querySelector("[data-error]")?.remove();
-    for (const part of to.querySelectorAll("[data-band]")) part.lastElementChild.textContent = "";
-    tell("sent");
     try {
       const prompt = from.value ?? from.textContent, options = {onBand, onQueued, onStarted, signal: stop.signal};
+      need(prompt);
+      tell("sent");
       const done = rules === undefined ? await scatter(prompt, options) : {sinc: standard(prompt)};
+      clear();
       paint();
       for (const {n, x} of done.sinc.fragments) if (field(n).textContent !== x) field(n).textContent = x;
       tell("done", done);
@@ -1539,9 +1545,12 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
     look();
   }
   document.addEventListener("click", (event) => {
-    const button = event.target.closest("[data-scatter-from]");
+    const button = event.target.closest?.("[data-scatter-from]");
     if (button) event.preventDefault(); // in a form it would submit
     if (button && event.detail < 2) press(button, button.dataset); // the second half of a double click would cancel
+  });
+  document.addEventListener("keydown", (event) => { // Enter held down would click again and again
+    if (event.repeat && event.key === "Enter" && event.target.closest?.("[data-scatter-from]")) event.preventDefault();
   });
   const begin = () => document.querySelector("[data-scatter-from]") && watch((state, offline) => {
     for (const button of document.querySelectorAll("[data-scatter-from]:not([data-scatter-standard])")) {
@@ -1583,14 +1592,18 @@ function settle(running, whole, from, text, source, state) {
   say(text, state);
 }
 const ON = {
-  sent: () => { settle({chars: 0, deltas: 0}, null, "", "Sent. Waiting for the model.", ""); frame(); },
+  sent() { // what is on show stays, and can be copied, until the answer takes its place
+    settle({chars: 0, deltas: 0}, sinc, at("bands").dataset.from, "Sent. Waiting for the model.", "");
+    frame();
+  },
   queued: ({position}) => say(`In the queue: ${position === 1 ? "you are next" : "place " + position}.`),
   started({backend, model}) {
     call.started = now(), put("source", `${model} · ${backend}`), say("The model is reading the prompt.");
   },
   band({n, text, delta}) {
+    call.ttft ??= now() - call.started;
+    if (!call.deltas++) settle(call, null, "", "The model is writing.", at("source").textContent);
     if (text === delta) mark(n);
-    if (!call.deltas++) { call.ttft = now() - call.started; say("The model is writing."); }
     call.chars += delta.length;
   },
   done({sinc: whole, metrics}) {
@@ -1602,9 +1615,10 @@ const ON = {
     figures(metrics || {}), measure();
   },
   error({code, message, retryAfter}, event) {
-    const part = call.chars ? " What was written stays." : "", how = at("source").textContent;
+    const part = call?.chars ? " What was written stays." : "", how = at("source").textContent;
     const said = code ? message : "The answer makes no sense.", wait = retryAfter ? ` Wait ${retryAfter}\u00a0s.` : "";
-    settle(null, null, part && "part", said + wait + part, how, code === "cancelled" ? "" : "bad");
+    const from = part ? "part" : at("bands").dataset.from;
+    settle(null, sinc, from, said + wait + part, how, code === "cancelled" ? "" : "bad");
     event.preventDefault(); // the widget need not say it too
   }};
 for (const type in ON) at("bands").addEventListener("scatter-" + type, (event) => ON[type](event.detail, event));
@@ -1650,14 +1664,15 @@ function drawCharts() {
   drawTrace(svgs[1], wide, stats.recent.map((one) => one.tok_per_s));
 }
 async function measure() { // where no answer comes, the charts stay as they are
-  stats = await fetch("stats", {cache: "no-store"}).then((reply) => reply.json()).catch(() => stats);
+  stats = await fetch("stats", {cache: "no-store"}).then((reply) => reply.ok ? reply.json() : stats).catch(() => stats);
   drawCharts();
 }
 const PRESS = {json: () => copy(JSON.stringify(sinc, null, 2)), plain: () => copy(scatter.text(sinc)),
   whole: ({target}) => target.setAttribute("aria-pressed", at("bands").classList.toggle("whole")),
   example: () => { at("prompt").value = at("prompt").placeholder; at("prompt").focus(); }};
 for (const id in PRESS) at(id).addEventListener("click", PRESS[id]);
-document.addEventListener("keydown", ({key, ctrlKey, metaKey}) => {
+document.addEventListener("keydown", ({key, ctrlKey, metaKey, repeat, isComposing}) => {
+  if (repeat || isComposing) return; // a key held down sends once; Esc that ends a composition cancels nothing
   const sends = key === "Enter" && (ctrlKey || metaKey) && !call, cancels = key === "Escape" && call;
   if (sends && at("send").disabled) say(at("reason").textContent, "bad");
   else if (sends || cancels) at("send").click();

@@ -1888,6 +1888,19 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 
 def test_real_page_tells_errors_and_reasons_in_words_and_goes_on(front: Proxy) -> None:
     with visit(front.url) as page:
+        for n in range(2):
+            send(page, f"stays {n}")
+            shows(page, "#status", "Done")
+        shows(page, "#charts:not([hidden])")
+        page.route("**/stats", lambda route: route.fulfill(status=429, json={"error": {}}), times=1)
+        page.evaluate("measure()")
+        assert page.is_visible("#charts")
+        for prompt, said in (("", "Write a prompt first."), ("refused", "Many.")):
+            answers(page, 503, '{"error":{"code":"busy","message":"Many."}}', "application/json")
+            send(page, prompt)
+            shows(page, "#status[data-state=bad]", said)
+            assert page.inner_text(".text >> nth=5").startswith("task") and page.is_enabled("#json")
+        page.unroute("**/api/ai-transform")
         for answer, said in BROKEN:
             answers(page, **answer)
             send(page, "faults on the way")
@@ -1915,16 +1928,29 @@ def test_real_keyboard_alone_sends_cancels_and_copies(front: Proxy, fake: Fake) 
                 page.keyboard.press(key)
             return page.evaluate("document.activeElement.id")
 
+        def hold(*keys: str) -> None:
+            for key in (*keys, *keys[-1:] * 9):
+                page.keyboard.down(key)
+            for key in keys:
+                page.keyboard.up(key)
+
+        posts: list[str] = []
+        page.on("request", lambda one: one.method == "POST" and posts.append(one.url))
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         shows(page, "#send:enabled")
         assert (press("Tab"), press("Tab")) == ("example", "prompt")  # in the order in which they are seen
         page.keyboard.type("keys alone !hang !bands=60")
-        assert press("Tab", "Enter") == "send"
-        shows(page, ".text", "é")
-        left = len(fake.left)
-        press("Escape")
-        shows(page, "#status", "Cancelled. What was written stays.")
-        wait_for(lambda: len(fake.left) > left, 1, "the model is free")
+        assert press("Tab") == "send" and not page.is_visible("#example")  # it would replace what was typed
+        for keys in (["Enter"], ["Control", "Enter"]):
+            hold(*keys)
+            shows(page, "#status", "writing")
+            page.evaluate("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', isComposing: true}))")
+            left = len(fake.left)
+            assert page.inner_text("#send") == "Cancel"
+            press("Escape")
+            shows(page, "#status", "Cancelled. What was written stays.")
+            wait_for(lambda before=left: len(fake.left) > before, 1, "the model is free")
+        assert len(posts) == 2
         assert page.is_disabled("#json") and press("Tab", "Enter") == "standard"
         shows(page, "#status", "This was not the model")
         assert press("Tab", "Enter") == "json"
@@ -1975,6 +2001,26 @@ def test_real_readme_page_works_in_another_server_block(front: Proxy, tmp_path: 
         shows(page, "#bands:not([aria-busy]) [data-band='5'] p", "picnic")
         shows(page, "button:enabled[title='']")
         assert page.evaluate("scatter('x', {signal: AbortSignal.abort()}).catch((e) => e.code)") == "cancelled"
+
+
+EMPTY = "".join(f"<div data-band={n}></div>" for n in range(6))
+EMPTY = f"""<div id=bands>{EMPTY}</div><p id=prompt>bare</p><button data-scatter-from=#prompt data-scatter-to=#bands>1
+</button><button data-scatter-from=#prompt data-scatter-to=#gone>2</button>
+<script src=/api/ai-transform/transform.js></script>"""
+
+
+def test_real_widget_fills_empty_bands_and_says_what_a_page_lacks(front: Proxy) -> None:
+    with visit(front.url, strict=False) as page:
+        page.route("**/bare", lambda route: route.fulfill(body=EMPTY, content_type="text/html"))
+        page.goto(f"{front.url}/bare")
+        for _ in range(2):
+            page.click("button >> nth=0")
+            shows(page, "#bands:not([aria-busy]) [data-band='5'] p", "é")
+            assert page.locator("#bands p").count() == 6
+        with page.expect_console_message(lambda said: said.text == "scatter: there is no #gone", timeout=2000):
+            page.click("button >> nth=1")
+        wrong = "['', 5, null, undefined].map((one) => scatter(one).catch((e) => e.code))"
+        assert page.evaluate(f"Promise.all({wrong})") == ["bad_request"] * 4
 
 
 def test_real_widget_works_on_another_site_where_it_is_allowed(front: Proxy, fake: Fake, tmp_path: Path) -> None:
