@@ -2469,6 +2469,26 @@ def test_setup_that_cannot_log_in_says_so_in_one_line(at_home: Path, capsys: pyt
     assert tunnel.main([*command, "--name", "A B"]) == 2
 
 
+FAKE_SSH = """#!/bin/sh
+case "$*" in
+*-G*) echo hostname vps.example; echo port 22 ;;
+*tar*) cat >/dev/null; echo scatter: 0 /tmp/scatter.abc; echo ssh-ed25519 AAAA ;;
+*) echo "$*" >>"$0.log" ;;
+esac"""
+
+
+def test_setup_dry_run_changes_nothing(at_home: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bin_folder = at_home.parent / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "ssh").write_text(FAKE_SSH)
+    (bin_folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    assert tunnel.main(["setup", "root@vps", "--domain", "x.org", "--dry-run"]) == 0
+    said, sent = capsys.readouterr().out, (bin_folder / "ssh.log").read_text()
+    assert "would write" in said and "starts with" not in said and not at_home.exists()
+    assert re.search(r"--authorize .*ssh-ed25519 \S+ gpu-\w{4}\W+--dry-run", sent)
+
+
 # --- tunnel: guard ------------------------------------------------------------
 
 OWNERS_LIMITS = tunnel.Limits("my-model", 8192, 4096, "-1")

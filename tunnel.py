@@ -1562,8 +1562,12 @@ def setup(home: Path, flags: dict[str, Any]) -> int:
         if not path.exists():
             raise Fatal(f"{path} is not there; keep {', '.join(BUNDLE)} in one folder")
         files[path.name] = path.read_bytes()
-    with as_owner(home):
-        settings = completed(parse_settings(home, flags), home)
+    with as_owner(home), tempfile.TemporaryDirectory(prefix="scatter-") as folder:
+        settings = parse_settings(home, flags)
+        identity = settings.identity or str(home / "key")
+        if dry_run and not Path(identity).exists():
+            identity = f"{folder}/key"  # to show what would be done; it goes with the folder
+        settings = completed(replace(settings, identity=identity), Path(folder) if dry_run else home)
         authorize = " ".join((*public_key(settings.identity), settings.name))
         if env.exists():
             files[env.name] = env.read_bytes()
