@@ -1331,10 +1331,9 @@ body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "S
   font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100% }
 header, main, .speed, footer { max-width: 1376px; margin: auto; padding: 0 clamp(16px, 3vw, 40px) }
 header, .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin-bottom: 10px }
-header { height: 64px }
-h1, h2, label { margin-right: auto } label { font-weight: 600; font-size: 13px }
+header { height: 64px } h1, h2, label { margin-right: auto } label { font-weight: 600; font-size: 13px }
 h1, h2 { font: 600 20px/1.2 var(--serif); letter-spacing: -.01em }
-h1 svg { width: 34px; margin-right: 10px; vertical-align: -4px; stroke: var(--accent); stroke-width: 2 }
+h1 svg { width: 34px; margin-right: 5px; vertical-align: -4px; stroke: var(--accent); stroke-width: 2 }
 .lede { font-size: clamp(27px, 3vw, 36px); font-weight: 500; letter-spacing: -.02em }
 .lede + p { margin: 8px 0 20px; color: var(--soft); text-wrap: pretty }
 .fine, #health, figcaption, footer { font-size: 13px; line-height: 20px; color: var(--soft) }
@@ -1350,11 +1349,10 @@ textarea:focus-visible, .text:focus-visible { outline-offset: -2px }
 button { height: 40px; padding: 0 16px; font-size: 14px; font-weight: 600; white-space: nowrap; cursor: pointer }
 button:hover:enabled, [aria-pressed=true] { border-color: var(--ink) }
 button:disabled { cursor: not-allowed; color: var(--soft); background: none; border-color: var(--line) }
-#send { min-width: 132px }
 main:not(:has([aria-busy])) #send:enabled { color: var(--on); background: var(--accent); border-color: var(--accent) }
 .small { height: 32px; padding: 0 10px; font-size: 13px; font-weight: 500 }
 #example { padding: 0 2px; border: 0; background: none; color: var(--accent) }
-.ask:not(:has(:placeholder-shown)) #example { visibility: hidden }
+.ask:not(:has(:placeholder-shown)) #example { visibility: hidden } #send { min-width: 132px }
 #reason { min-height: 40px; margin-bottom: 16px } #source { min-height: 20px; margin-bottom: 12px }
 #figures { display: grid; grid-template-columns: minmax(0, 1.5fr) repeat(3, minmax(0, 1fr)); gap: 12px;
   padding-top: 14px; border-top: 1px solid var(--line); white-space: nowrap }
@@ -1363,16 +1361,14 @@ dd:empty::before { content: "–"; color: var(--soft) } #rate:not(:empty) { font
 #status { min-height: 68px } #status[data-state=bad] { color: var(--bad) }
 #bands { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); gap: 12px }
 .band { display: flex; flex-direction: column; height: 208px; contain: content; background: var(--panel);
-  border: 1px solid var(--line); border-radius: 10px }
-.whole .band { height: auto; min-height: 168px }
+  border: 1px solid var(--line); border-radius: 10px } .whole .band { height: auto; min-height: 168px }
 .band h3 { padding: 12px 16px 4px; font-size: 12px; letter-spacing: .08em; word-spacing: .4em; color: var(--soft) }
-.band[data-state=writing] { border-color: var(--accent) } .band[data-state=writing] h3 { color: var(--accent) }
-.text { flex: 1; overflow: auto; padding: 0 16px 14px; white-space: pre-wrap; /* a shade at the foot: there is more */
-  background: linear-gradient(var(--panel) 0 0) bottom / 100% 12px no-repeat local,
-    linear-gradient(transparent, var(--line)) bottom / 100% 12px no-repeat }
+[data-state=writing] { outline: 2px solid var(--accent) } [data-state=writing] h3 { color: var(--accent) }
+[data-state=writing] .text { flex: 0 1 auto; display: flex; flex-direction: column-reverse } /* shows its end */
+.text { flex: 1; overflow: auto; padding: 0 16px 14px; white-space: pre-wrap }
 .text:empty::before { content: attr(data-empty); font-style: italic }
 [data-from=rules] .text:empty::before { content: "The rules found nothing for this band." }
-#source, #status, .text { overflow-wrap: anywhere }
+#source, #status, .text { overflow-wrap: anywhere } @media print { .band { height: auto } }
 .speed h2 { margin-top: 48px; padding: 32px 0 4px; border-top: 1px solid var(--line) }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px 40px }
 .charts, footer { margin-top: 20px; margin-bottom: 40px } [hidden] { display: none }
@@ -1381,10 +1377,8 @@ figure .key { fill: var(--ink) } .bar { fill: var(--accent); fill-opacity: .45 }
 .mark { stroke: var(--ink); stroke-dasharray: 3 3 } .trace { fill: none; stroke: var(--accent); stroke-width: 1.5 }
 @media (min-width: 1080px) {
   main { display: grid; grid-template-columns: minmax(340px, 27fr) 60fr; gap: 48px; padding-top: 16px }
-  .ask { position: sticky; top: 24px; align-self: start }
-  #bands { grid-template-columns: 1fr 1fr }
-}
-@media (max-width: 480px) { .band { height: 168px } .row h2 { width: 100% } #rate:not(:empty) { font-size: 28px } }
+  .ask { position: sticky; top: 24px; align-self: start } #bands { grid-template-columns: 1fr 1fr } }
+@media (max-width: 480px) { .band { height: 168px } .row h2 { width: 100% } dd, #rate:not(:empty) { font-size: 18px } }
 """
 WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this file; it adds one global name, no style.
 // scatter(prompt, {onBand, onQueued, onStarted, signal}) resolves to {sinc, metrics}. onBand(n, name, text, delta):
@@ -1477,9 +1471,8 @@ WIDGET = r"""// scatter: a prompt in, its bands out. Any page may include this f
       for (const sentence of (line.match(SENTENCE) || []).map((one) => one.trim()).filter(Boolean)) {
         const bands = RULES.map((list, band) => (band !== 2 || n !== 2) && list.test(sentence));
         bands.forEach((holds, band) => holds && (band === last && bands[3] ? ruled : found[band]).push(sentence));
-        if (bands.includes(true) || n === 2 && !sentence.includes(" ")) continue;
-        spare.push(sentence);
-        found[1].push(sentence);
+        const known = bands.includes(true) || n === 2 && !sentence.includes(" ");
+        if (!known) for (const list of [spare, found[1]]) list.push(sentence);
       }
     }
     if (!found[last].length) found[last] = ruled.length ? ruled : spare; // an order that is a rule too, or the rest
@@ -1574,9 +1567,9 @@ const put = (id, text) => { if (at(id).textContent !== text) at(id).textContent 
 const say = (text, state = "") => { at("status").dataset.state = state; put("status", text); };
 const mark = (n) => at("bands").childNodes.forEach((panel, i) => { panel.dataset.state = i === n ? "writing" : ""; });
 function figures({tok_per_s, gen_time, tokens, ttft}, about = "") {
-  const rows = [["rate", tok_per_s, tok_per_s < 100 ? 1 : 0, about], ["tokens", tokens, 0, about],
-    ["time", gen_time, 2, ""], ["first", ttft, 2, ""]];
-  for (const [id, value, digits, sign] of rows) put(id, Number.isFinite(value) ? sign + value.toFixed(digits) : "");
+  const rows = [["rate", tok_per_s, 1, about], ["tokens", tokens, 0, about], ["time", gen_time, 2], ["first", ttft, 2]];
+  for (const [id, value, digits, sign = ""] of rows)
+    put(id, Number.isFinite(value) ? sign + value.toFixed(value < 100 ? digits : 0) : "");
 }
 function frame() {
   if (!call) return;
@@ -1590,12 +1583,10 @@ function settle(running, whole, from, text, source, state) {
   put("send", running ? "Cancel" : "AI Transform"), put("source", source);
   mark(-1);
   say(text, state);
+  if (running && !running.deltas) frame();
 }
 const ON = {
-  sent() { // what is on show stays, and can be copied, until the answer takes its place
-    settle({chars: 0, deltas: 0}, sinc, at("bands").dataset.from, "Sent. Waiting for the model.", "");
-    frame();
-  },
+  sent: () => settle({chars: 0, deltas: 0}, sinc, at("bands").dataset.from, "Sent. Waiting for the model.", ""),
   queued: ({position}) => say(`In the queue: ${position === 1 ? "you are next" : "place " + position}.`),
   started({backend, model}) {
     call.started = now(), put("source", `${model} · ${backend}`), say("The model is reading the prompt.");
@@ -1609,7 +1600,7 @@ const ON = {
   done({sinc: whole, metrics}) {
     const {cache, tokens, gen_time, backend} = metrics || {}, from = at("source").textContent || backend;
     const how = {hit: "From the cache", joined: "Shared with another"}[cache] || "Done";
-    const rules = `Keyword rules in this browser filled ${whole.fragments.length} bands. This was not the model.`;
+    const rules = `Keyword rules in this browser filled ${whole.fragments.length} of 6 bands. This was not the model.`;
     if (!metrics) settle(null, whole, "rules", rules, "");
     else settle(null, whole, "", `${how}: ${tokens} tokens written in ${gen_time.toFixed(2)}\u00a0s.`, from);
     figures(metrics || {}), measure();
@@ -1623,6 +1614,7 @@ const ON = {
   }};
 for (const type in ON) at("bands").addEventListener("scatter-" + type, (event) => ON[type](event.detail, event));
 async function copy(text) {
+  say(""); // a second "Copied." would be no change, and so not be heard
   try { await navigator.clipboard.writeText(text); say("Copied."); } catch { say("Copying needs https.", "bad"); }
 }
 const FLOOR = 164, ROOM = 112; // px; where a bar stands, and how far it may rise
@@ -1634,15 +1626,14 @@ function draw(parent, tag, attributes, text = "") {
 function drawHistogram(svg, wide, {histogram: {edges, counts}, elapsed}) {
   const step = wide / Math.max(12, counts.length), width = Math.max(1, step - 2), most = Math.max(...counts);
   counts.forEach((count, i) => {
-    const x = i * step, height = count / most * ROOM, place = {class: "bar", x, y: FLOOR - height, width, height};
-    draw(draw(svg, "rect", place), "title", {}, `${edges[i]} to ${edges[i + 1]} s: ${count}`);
+    const x = i * step, height = count / most * ROOM;
+    draw(svg, "rect", {class: "bar", x, y: FLOOR - height, width, height});
     if (i % Math.ceil(56 / step) === 0) draw(svg, "text", {x, y: FLOOR + 18}, `${edges[i]} s`);
   });
   for (const [y, name] of [[20, "p50"], [37, "p95"]]) {
-    const x = (elapsed[name] - edges[0]) / (edges[1] - edges[0]) * step, left = x > wide / 2;
-    const place = {class: "key", y, x: x + (left ? -6 : 6), "text-anchor": left ? "end" : "start"};
+    const x = (elapsed[name] - edges[0]) / (edges[1] - edges[0]) * step;
     draw(svg, "path", {class: "mark", d: `M${x} ${y - 10}V${FLOOR}`});
-    draw(svg, "text", place, `${name} ${elapsed[name].toFixed(2)} s`);
+    draw(svg, "text", {class: "key", x: x + 6, y}, name);
   }
 }
 function drawTrace(svg, wide, rates) {
@@ -1651,7 +1642,6 @@ function drawTrace(svg, wide, rates) {
   draw(svg, "path", {class: "trace", d: "M" + points.join("L")});
   draw(svg, "text", {x: 0, y: y(most) - 8}, `${+most.toPrecision(3)} tok/s`);
   draw(svg, "text", {class: "key", x: wide + 6, y: y(newest) + 4}, +newest.toPrecision(3));
-  draw(svg, "text", {x: 0, y: FLOOR + 18}, `${rates.length} answers, the newest at the right`);
 }
 function drawCharts() {
   if (at("charts").hidden = !(stats?.documents > 1)) return; // one answer is no distribution
@@ -1672,14 +1662,12 @@ const PRESS = {json: () => copy(JSON.stringify(sinc, null, 2)), plain: () => cop
   example: () => { at("prompt").value = at("prompt").placeholder; at("prompt").focus(); }};
 for (const id in PRESS) at(id).addEventListener("click", PRESS[id]);
 document.addEventListener("keydown", ({key, ctrlKey, metaKey, repeat, isComposing}) => {
-  if (repeat || isComposing) return; // a key held down sends once; Esc that ends a composition cancels nothing
-  const sends = key === "Enter" && (ctrlKey || metaKey) && !call, cancels = key === "Escape" && call;
-  if (sends && at("send").disabled) say(at("reason").textContent, "bad");
-  else if (sends || cancels) at("send").click();
+  const meant = call ? key === "Escape" : key === "Enter" && (ctrlKey || metaKey);
+  if (meant && !repeat && !isComposing) at("send").click(); // Esc may end a composition only
 });
 scatter.watch(({status, reason, queue}, offline) => {
   const why = REASONS[status === "warming" ? status : reason] || "The model is away.";
-  const hint = status === "busy" ? `The model is busy; ${queue.waiting} waiting.` : "Ctrl + Enter sends, Esc cancels.";
+  const hint = call || status !== "busy" ? "Ctrl + Enter sends, Esc cancels." : `Busy; ${queue.waiting} waiting.`;
   put("reason", offline ? `${why} It comes back by itself; Transform works meanwhile.` : hint);
   put("health", `model ${status === "ok" ? "ready" : status}`), at("health").dataset.state = status;
 });
@@ -1694,32 +1682,27 @@ PANELS = "".join(
     for n, (name, holds, *_) in enumerate(BANDS)
 )
 PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>scatter</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:image/svg+xml,{quote(LOGO)}"><style>{STYLE}</style>
-<header><h1>{LOGO}scatter</h1><p id="health" role="status">asking for the model</p></header>
-<main><section class="ask" aria-label="Prompt"><h2 class="lede">A prompt, taken apart.</h2>
-<p>A model on a graphics card at home writes it anew in bands: a specification that another model can follow.</p>
-<p class="row"><label for="prompt">Prompt</label><button class="small" id="example">Use the example</button></p>
-<textarea id="prompt" dir="auto" aria-describedby="reason"
- placeholder="Write a launch e-mail for our new espresso machine, under 150 words"></textarea><p class="row">
-<button id="send" disabled title="model offline" aria-describedby="reason" data-scatter-from="#prompt"
- data-scatter-to="#bands">AI Transform</button><button id="standard" data-scatter-standard data-scatter-from="#prompt"
- data-scatter-to="#bands" title="keyword rules in this browser, no model">Transform</button></p>
-<p class="fine" id="reason"></p><p id="status" role="status"></p>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon"
+ href="data:image/svg+xml,{quote(LOGO)}"><style>{STYLE}</style><header><h1><span aria-hidden="true">{LOGO}</span>
+scatter</h1><p id="health" role="status">asking for the model</p></header><main><section class="ask"
+ aria-label="Prompt"><h2 class="lede">A prompt, taken apart.</h2><p>A model on a graphics card at home writes it anew
+in bands: a specification that another model can follow.</p><p class="row"><label for="prompt">Prompt</label>
+<button class="small" id="example">Use the example</button></p><textarea id="prompt" dir="auto"
+ aria-describedby="reason" placeholder="Write a launch e-mail for our new espresso machine, under 150 words"
+></textarea><p class="row"><button id="send" disabled title="model offline" aria-describedby="reason"
+ data-scatter-from="#prompt" data-scatter-to="#bands">AI Transform</button><button id="standard" data-scatter-standard
+ data-scatter-from="#prompt" data-scatter-to="#bands" title="keyword rules in this browser, no model">Transform</button>
+</p><p class="fine" id="reason"></p><p id="status" role="status"></p>
 <dl id="figures"><div><dt>tok/s</dt><dd id="rate"></dd></div><div><dt>seconds</dt><dd id="time"></dd></div>
 <div><dt>tokens</dt><dd id="tokens"></dd></div><div><dt>first word</dt><dd id="first"></dd></div></dl>
-<p class="fine" id="source"></p></section>
-<section aria-labelledby="heading"><div class="row"><h2 id="heading">Bands</h2>
-<button class="small" id="json" disabled>Copy as JSON</button>
-<button class="small" id="plain" disabled>Copy as text</button>
-<button class="small" id="whole" aria-pressed="false">Expand</button></div>
-<div id="bands">{PANELS}</div></section></main>
-<section class="speed" aria-labelledby="speed"><h2 id="speed">How fast it has been</h2>
-<p class="fine" id="summary">The charts begin with the second document.</p>
+<p class="fine" id="source"></p></section><section aria-labelledby="heading"><div class="row">
+<h2 id="heading">Bands</h2><button class="small" id="json" disabled>Copy as JSON</button>
+<button class="small" id="plain" disabled>Copy as text</button><button class="small" id="whole" aria-pressed="false">
+Expand</button></div><div id="bands">{PANELS}</div></section></main><section class="speed" aria-labelledby="speed">
+<h2 id="speed">How fast it has been</h2><p class="fine" id="summary">The charts begin with the second document.</p>
 <div class="charts" id="charts" hidden><figure><figcaption>Documents by time, from dispatch to last token</figcaption>
-<svg id="histogram" aria-hidden="true"></svg></figure><figure><figcaption>Tokens a second, answer by answer</figcaption>
-<svg id="trace" aria-hidden="true"></svg></figure></div></section>
-<footer>{FORMULA}</footer>
+<svg id="histogram" aria-hidden="true"></svg></figure><figure><figcaption>Tokens a second, the newest at the right
+</figcaption><svg id="trace" aria-hidden="true"></svg></figure></div></section><footer>{FORMULA}</footer>
 <script src="transform.js"></script><script>{SCRIPT}</script>
 """
 # The hashes that let the page's own style and script pass its policy (W3C CSP 3).

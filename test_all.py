@@ -1850,6 +1850,11 @@ def test_page_is_small_names_no_other_origin_and_runs_only_its_own(front: Proxy)
     assert re.findall('placeholder="(.*?)"', sp.PAGE)[0] in SCRIPT.read_text()  # what the smallest model can do
 
 
+GAP = """Math.min(...[...document.querySelectorAll("dd")].map((figure, n, all) => { const range = new Range();
+range.selectNodeContents(figure); return (all[n + 1]?.getBoundingClientRect().left ?? innerWidth)
+- range.getBoundingClientRect().right; }))"""  # px from a figure's last digit to the next figure
+
+
 def test_real_page_tells_place_bands_and_figures_and_comes_back(tmp_path: Path) -> None:
     with chain(tmp_path) as (server, model), visit(server.url) as page, ThreadPoolExecutor() as pool:
         before = [pool.submit(server.post, f"first {n} !pace=0.02") for n in range(3)]
@@ -1867,11 +1872,16 @@ def test_real_page_tells_place_bands_and_figures_and_comes_back(tmp_path: Path) 
         send(page, "mine !pace=0.02")
         shows(page, "#status", "From the cache")
         assert page.evaluate("shift") < 0.001
+        page.evaluate("figures({tok_per_s: 34.5, gen_time: 123.45, tokens: 4096, ttft: 12.34}, '≈')")
+        page.set_viewport_size({"width": 320, "height": 640})
+        assert page.evaluate(GAP) > 4
         model.close()
         shows(page, "#send:disabled[title='model offline']")
         shows(page, "#reason", "not connected. It comes back by itself; Transform works meanwhile.")
         page.click("#standard")
-        shows(page, "#status", "This was not the model")
+        shows(page, "#status", "Keyword rules in this browser filled 1 of 6 bands. This was not the model")
+        page.keyboard.press("Control+Enter")
+        shows(page, "#status:not([data-state=bad])", "Keyword rules")  # why is said above it, and only while it is so
         model.open()
         server.up()
         page.wait_for_selector("#send:enabled[title='']", timeout=5000)
@@ -1955,6 +1965,9 @@ def test_real_keyboard_alone_sends_cancels_and_copies(front: Proxy, fake: Fake) 
         shows(page, "#status", "This was not the model")
         assert press("Tab", "Enter") == "json"
         shows(page, "#status", "Copied")
+        page.evaluate("new MutationObserver((list) => { window.heard = 1; }).observe(at('status'), {childList: true})")
+        press("Enter")
+        page.wait_for_function("window.heard", timeout=2000)  # a second time
         assert sinc_prompt.validate(json.loads(page.evaluate("navigator.clipboard.readText()"))) == (True, [])
 
 
@@ -2127,6 +2140,10 @@ new MutationObserver((list, self) => { self.disconnect();
   document.querySelector(".text"), {childList: true}); })()"""
 
 
+HIDDEN = """(() => { const range = new Range(), text = document.querySelector(".text"); range.selectNodeContents(text);
+return range.getBoundingClientRect().bottom - text.getBoundingClientRect().bottom; })()"""  # px below its edge
+
+
 def test_real_first_words_are_painted_at_once_and_long_bands_stay_smooth(front: Proxy) -> None:
     prompt = "smooth !first=1 !pace=0.015 !bands=3335"
     with visit(front.url, viewport={"width": 1440, "height": 900}) as page:
@@ -2139,6 +2156,17 @@ def test_real_first_words_are_painted_at_once_and_long_bands_stay_smooth(front: 
         rate = (len(frames) - 1) / (frames[-1] - frames[0]) * 1000
         print(f"first words painted {late:.0f} ms after the proxy sent them; 20,000 characters at {rate:.1f} frames/s")
         assert late <= 100 and rate >= 50 and page.evaluate("shift") < 0.001
+        send(page, "follow !hang !bands=5000")
+        shows(page, ".text", "é" * 1300)
+        assert page.evaluate(HIDDEN) < 0  # the newest words are in sight
+        page.emulate_media(forced_colors="active")
+        outline = "getComputedStyle(document.querySelector('.band[data-state=\\'%s\\']')).outlineStyle"
+        assert [page.evaluate(outline % state) for state in ("writing", "")] == ["solid", "none"]
+        page.keyboard.press("Escape")
+        shows(page, "#status", "Cancelled")
+        assert page.evaluate(HIDDEN) > 0  # the first ones
+        page.emulate_media(media="print", forced_colors="none")
+        assert page.evaluate(HIDDEN) < 0
 
 
 # --- tunnel: ssh command and judging ------------------------------------------
