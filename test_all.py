@@ -1860,8 +1860,12 @@ def test_real_page_tells_place_bands_and_figures_and_comes_back(tmp_path: Path) 
         before = [pool.submit(server.post, f"first {n} !pace=0.02") for n in range(3)]
         wait_for(lambda: server.health()["queue"]["waiting"] == 2, 5)
         send(page, "mine !pace=0.02")
-        for said in ("place 3", "place 2", "you are next", "writing", "Done: 60 tokens written in"):
+        for said in ("place 3", "place 2", "you are next", "writing"):
             shows(page, "#status", said)
+            page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            page.wait_for_function("at('health').dataset.state === 'busy'")
+            assert page.inner_text("#reason") == "Ctrl + Enter sends, Esc cancels."
+        shows(page, "#status", "Done: 60 tokens written in")
         assert [one.result().status_code for one in before] == [200] * 3
         assert page.locator(".text").all_inner_texts() == [f"{name.lower()} {'é' * 12}" for name in BAND_NAMES]
         assert page.inner_text("#source") == f"fake-8b · {model.url[7:]}"
