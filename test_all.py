@@ -1251,12 +1251,12 @@ def test_client_that_leaves_stops_the_model(tmp_path: Path, order: str) -> None:
 
 
 def test_reader_that_leaves_a_joined_job_leaves_it_running(tmp_path: Path) -> None:
-    with chain(tmp_path) as (server, fake), ThreadPoolExecutor() as pool:
+    with chain(tmp_path) as (server, fake), contextlib.ExitStack() as stays:
         with server.stream("both !pace=0.02") as events:
             next(events)
-            other = pool.submit(server.post, "both !pace=0.02")
-            wait_for(lambda: "joined" in server.http.get("/stats").text and server.health()["queue"]["running"], 2)
-        assert other.result(10).status_code == 200 and not fake.left
+            other = stays.enter_context(server.stream("both !pace=0.02"))
+            next(other)
+        assert list(other)[-1][0] == "done" and not fake.left
 
 
 @pytest.mark.parametrize(
