@@ -2027,7 +2027,7 @@ def serve(settings: Settings) -> None:
     quiet = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
     limits = {"h11_max_incomplete_event_size": HEAD_LIMIT, "backlog": 1024}
     limits |= {"timeout_keep_alive": 75}  # s; longer than nginx's 60, so that nginx closes: no 502 from a race
-    limits |= {"timeout_graceful_shutdown": 0.3}  # s; for who sends or takes too slowly; idle, a stop takes 0.3 s more
+    limits |= {"timeout_graceful_shutdown": 0.2}  # s; for who sends or takes slowly: an idle stop is due within 1 s
     modes = {"http": Protocol, "ws": "none", "lifespan": "off", "loop": "asyncio"}
     Server(uvicorn.Config(app, **quiet, **limits, **modes), scatter.queue).run(sockets=[door])
 
