@@ -897,6 +897,7 @@ class Queue:
         self.running: set[Job] = set()
         self.waiting: deque[Job] = deque()
         self._drains_until = 0.0  # monotonic; 0 until asked to stop
+        self._offline_since = math.inf  # monotonic; as the last tick saw it
         self._active: dict[str, Job] = {}  # running and waiting, by prompt
         self._kept: OrderedDict[str, Job] = OrderedDict()  # finished, by prompt; the least recently used first
         self._kept_size = 0  # bytes
@@ -932,8 +933,6 @@ class Queue:
             told_at = round(time.time(), 3)
             self.log_file.write({"ts": told_at, "event": told, "backend": backend.name, "reason": reason})
         self._see_model(backend)
-        while self.waiting and self._is_offline():
-            self._end(self.waiting.popleft(), Refusal("model_offline", 5))
         self.dispatch()
 
     def _is_offline(self) -> bool:
@@ -1069,9 +1068,11 @@ class Queue:
     def tick(self, now: float) -> None:
         """Look at the folder, and hold the time limits: of waiting, of running, of a stream's silence."""
         self.look()
-        for job in [job for job in self.waiting if now - job.waits_since > self.settings.queue_seconds]:
+        self._offline_since = min(now, self._offline_since) if self._is_offline() else math.inf
+        is_over = now - self._offline_since > 3  # s; a tunnel that dials again is back within one
+        for job in [job for job in self.waiting if is_over or now - job.waits_since > self.settings.queue_seconds]:
             self.waiting.remove(job)
-            self._end(job, self._busy())
+            self._end(job, self._busy() if self.up() else Refusal("model_offline", 5))
         self.dispatch()
         for job in filter(lambda job: job.is_late(now), self.running):
             job.stop(Refusal("timed_out"))
