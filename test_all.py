@@ -1166,7 +1166,7 @@ def test_timing_is_of_the_call_not_of_the_generation() -> None:
     assert told == [["1000.0", "500.0", "2000.0"], ["0.0", "0.0", "1000.0"], ["0.0", "0.0", "0.0"]]
 
 
-def test_queue_is_bounded_fair_and_honest(tmp_path: Path) -> None:
+def test_queue_is_bounded_fair_and_honest_real(tmp_path: Path) -> None:
     def ask(n: int) -> tuple[float, list[tuple[str, Any]]]:
         with server.stream(f"prompt {n} !first=0.02") as events:
             return time.monotonic(), list(events)
