@@ -382,7 +382,7 @@ workers() { ps -o pid= --ppid "$(systemctl show -P MainPID nginx)"; }
 load_nginx() {
     nginx -T >"$tmp/nginx" 2>&1 || { tail -n 5 "$tmp/nginx" && return 1; }
     ! grep 'conflicting server name' "$tmp/nginx" || return 1 # it only warns, and then never asks the second
-    [ -n "$(our_sites)" ] || { say "it does not read $site: name a file that it does with --site" && return 1; }
+    grep -qE "$OURS" "$tmp/nginx" || { say "it does not read $site: name a file that it does with --site" && return 1; }
     workers >"$tmp/workers" || :
     systemctl reload-or-restart nginx || return 1
     # A reload that cannot listen goes on as it was, with the old workers, and says so in nginx's own log alone.
