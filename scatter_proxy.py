@@ -1848,9 +1848,8 @@ class Scatter:
                 if first > last:
                     return await Refusal("no_such_bytes").response(told)(scope, receive, send)
             told |= NO_STORE | {"content-type": "application/jsonl", "content-length": str(last + 1 - first)}
-            head = [(name.encode(), value.encode()) for name, value in told.items()]
             status = 206 if "content-range" in told else 200
-            await send({"type": "http.response.start", "status": status, "headers": head})
+            await send({"type": "http.response.start", "status": status, "headers": Headers(told).raw})
             file.seek(first)
             # In pieces, since memory is small, and others wait meanwhile.
             with contextlib.suppress(asyncio.CancelledError):  # the service stops, and who reads slowly is cut
@@ -1905,8 +1904,7 @@ class Scatter:
                 said = reader.next_bytes()
                 if said and not is_begun:
                     told |= STREAM_HEADERS if reader.streams else number_headers(reader.metrics(), len(said))
-                    head = [(name.encode(), value.encode()) for name, value in told.items()]
-                    await send({"type": "http.response.start", "status": 200, "headers": head})
+                    await send({"type": "http.response.start", "status": 200, "headers": Headers(told).raw})
                     is_begun = True
                 if said:
                     reader.sent_at = time.monotonic()
