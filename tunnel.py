@@ -1067,7 +1067,7 @@ STEPS = 1000  # of 8 MiB at most; what is left comes the next time
 def fetch(line: Line, path: str, start: int) -> tuple[str, bytes]:
     """Return a log file's ETag (empty where there is none) and its whole lines from byte start on, to 8 MiB.
 
-    The ETag is asked for again: 416 has none, and the file may be rotated while the proxy answers.
+    The ETag is asked for again, as a proxy of before may stand there: its 416 has none, and it opens a file twice.
     """
     code, etag, text = line.ask(path, span=f"{start}-")
     if len(text) >= 8 << 20:
