@@ -1373,11 +1373,14 @@ class Play:
         still = [v.reads.is_set() for v in self.visitors if not v.task.done()]
         assert readers == len(still) or not all(still), "a reader left waiting"
 
+    async def settle(self) -> None:
+        for _ in range(12):  # turns of the loop; the longest way through tasks and callbacks takes eight
+            await asyncio.sleep(0)
+
     async def run(self, acts: list[tuple[str, int, bool]]) -> None:
         for act in [*acts, *[("turn", 0, False)] * 40]:
             self.act(*act)
-            for _ in range(12):  # turns of the loop; the longest way through tasks and callbacks takes eight
-                await asyncio.sleep(0)
+            await self.settle()
             self.check()
         for visitor in self.visitors:
             visitor.reads.set()
@@ -1426,8 +1429,7 @@ def test_waiter_outlasts_a_redial_and_no_more() -> None:
         (play := Play()).act("backend", 0, False)
         for n in range(3):
             play.act("ask", n, False)
-        for _ in range(12):
-            await asyncio.sleep(0)
+        await play.settle()
         play.act("backend", 0, False)
         for seconds, left in ((0, 1), (2.9, 1), (3.1, 0)):
             play.queue.tick(time.monotonic() + seconds)
@@ -3135,6 +3137,9 @@ def test_tunnel_over_a_slow_link_that_is_cut_real() -> None:
         soon(lambda: front.health()["status"] == "ok")
         return served - began
 
+    def kill_ssh() -> None:
+        os.kill(children(child.pid)[0], signal.SIGKILL)
+
     def cut(answer: Future[httpx.Response] | None = None) -> None:
         link.cut, began, session = True, time.monotonic(), children(far.sshd.pid)[-1]
         assert not answer or code_of(answer.result(7)) == "backend_failed"
@@ -3153,15 +3158,15 @@ def test_tunnel_over_a_slow_link_that_is_cut_real() -> None:
         setup = f"clock = tunnel.boot_clock; late = lambda: clock() + 60 * tunnel.Path({str(slept)!r}).exists()"
         child = far.up("--target", model.url[7:], setup=setup + "; tunnel.boot_clock = late")
         soon(lambda: front.health()["status"] == "ok")
-        kills = [redialled(5, lambda: os.kill(children(child.pid)[0], signal.SIGKILL))]
+        kills = [redialled(5, kill_ssh)]
         cut()
         answer = pool.submit(front.post, "!pace=1")
         soon(lambda: model.running)
         cut(answer)
         redialled(3, lambda: link.home.ip("address delete 10.77.0.2/24 dev wan\naddress add 10.77.0.3/24 dev wan"))
-        kills.append(redialled(5, lambda: os.kill(children(child.pid)[0], signal.SIGKILL)))
+        kills.append(redialled(5, kill_ssh))
         redialled(3, slept.touch)
-        kills.append(redialled(5, lambda: os.kill(children(child.pid)[0], signal.SIGKILL)))
+        kills.append(redialled(5, kill_ssh))
         redialled(5, lambda: (far.end_sshd(), far.start_sshd()))
         print("ssh killed, serving again:", kills, "dialled, serving:", dials)
         overbooked = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # ssh's key exchange takes as much longer
